@@ -1,0 +1,98 @@
+# make, or make help: what can be done here, by example.
+
+PYTHON = python3
+PROFILE = cifar10
+DATA =
+DATA_NAME =
+WEIGHTS =
+PARAMS =
+
+quote = '$(subst ','\'',$(1))'
+run = .venv/bin/python -m kdutils
+params = $(if $(DATA),-p data $(call quote,$(DATA))) $(if $(DATA_NAME),-p data_name $(call quote,$(DATA_NAME))) \
+	$(if $(WEIGHTS),-p weights $(call quote,$(WEIGHTS))) $(PARAMS)
+
+tex_packages = latexmk texlive-latex-extra texlive-fonts-recommended texlive-science lmodern poppler-utils
+apt_get = apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o DPkg::Lock::Timeout=60
+# Installs packages where that can be done without asking for a password, fails at once otherwise.
+apt_install = { command -v apt-get && { test "$$(id -u)" = 0 || sudo -n true; }; } >/dev/null 2>&1 && \
+	as_root=$$(test "$$(id -u)" = 0 || echo sudo -n) && \
+	{ $$as_root $(apt_get) update; \
+	$$as_root env DEBIAN_FRONTEND=noninteractive $(apt_get) install -y --no-install-recommends $(1) >/dev/null; }
+
+# The stamp holds the folder it was made in: an environment that moved with its folder is made again.
+stamp = .venv/.stamp-setup
+
+.PHONY: help setup tex demo report pdf test bench clean distclean
+ifneq ($(shell cat $(stamp) 2>/dev/null),$(CURDIR))
+.PHONY: $(stamp)
+endif
+
+help:
+	@echo 'make demo      the four notebooks on generated images, no download but packages: runs/demo/report.pdf'
+	@echo 'make report    the same on CIFAR-10, downloaded when absent: report/report.pdf'
+	@echo 'make pdf       typeset report/generated again: no data, no training'
+	@echo 'make test      the tests'
+	@echo 'make setup     only .venv (pinned packages) and TeX; the targets above do it when needed'
+	@echo 'make clean     remove caches and LaTeX leftovers; make distclean: .venv too'
+	@echo
+	@echo 'Your own ten classes, in FOLDER/train/CLASS/* and FOLDER/test/CLASS/*:'
+	@echo '    make report DATA=folder:data/pets DATA_NAME="my pets"'
+	@echo 'ResNet weights from a folder instead of a download:'
+	@echo '    make report WEIGHTS=weights'
+	@echo 'Any parameter of the notebooks:'
+	@echo '    make report PARAMS="-p epochs 60 -p temperature 2"'
+	@echo '    make demo PARAMS="-p seeds [0]"'
+	@echo 'Another profile of notebooks/profiles, another Python:'
+	@echo '    make report PROFILE=cifar10-standin DATA=folder:data/cifar10-jpeg WEIGHTS=weights'
+	@echo '    make setup PYTHON=python3.12'
+
+setup: $(stamp) tex
+
+$(stamp): requirements.txt constraints.txt pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "kdutils needs Python 3.10 or later; $(PYTHON) is: $$("$(PYTHON)" --version 2>&1)"; \
+		echo 'Name one that is there, for example: make setup PYTHON=python3.12'; exit 1; } >&2
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		package=$$("$(PYTHON)" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+		echo "Installing $$package, which $(PYTHON) needs to make virtual environments"; \
+		$(call apt_install,"$$package") || { \
+		echo "It could not be installed. Type: sudo apt-get install $$package"; exit 1; } >&2; }
+	@echo 'Setting up .venv: pinned packages, a few minutes the first time'
+	@{ test ! -s $@ || test "$$(cat $@)" = $(call quote,$(CURDIR)); } && \
+		.venv/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@printf '%s' $(call quote,$(CURDIR)) >$@
+
+tex:
+	@command -v latexmk >/dev/null || { \
+		echo 'Installing TeX, for the PDF'; \
+		$(call apt_install,$(tex_packages)) && command -v latexmk >/dev/null; } || { \
+		echo 'No latexmk: all but the PDF will be made. For the PDF, type:'; \
+		echo '    sudo apt-get update && sudo apt-get install --no-install-recommends $(tex_packages)'; }
+
+demo: setup
+	$(run) run --profile demo $(PARAMS)
+	$(run) report --profile demo $(PARAMS)
+
+report: setup
+	$(run) run --profile $(call quote,$(PROFILE)) $(params)
+	$(run) report --profile $(call quote,$(PROFILE)) $(params) --out report
+
+pdf: setup
+	$(run) report --pdf-only --out report
+
+test: setup
+	.venv/bin/python -m pytest -q
+
+bench: setup
+	$(run) bench
+
+clean:
+	rm -rf .pytest_cache .hypothesis .ruff_cache build kdutils.egg-info report/build
+	rm -f $(foreach ext,aux bbl blg fdb_latexmk fls lof log lot out synctex.gz toc,report/*.$(ext))
+	find $(wildcard kdutils tests notebooks report) -type d '(' -name __pycache__ -o -name .ipynb_checkpoints ')' \
+		-prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,217 @@
+"""Ten-class image sets, split with a seed and kept whole on the device as uint8."""
+
+import contextlib
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from kdutils import shapes
+from kdutils.runs import artefact, tensor_checksum
+from kdutils.settings import Settings, UserError, project_path, shown_path
+
+NUM_CLASSES = 10
+IMAGE_SIZE = 32
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+CIFAR10_NAME = "CIFAR-10"
+SHAPES10_SIZES = {"train": 12_000, "test": 10_000}  # images that can be drawn for each part
+
+
+class Split(NamedTuple):
+    """Images uint8 [N, 3, 32, 32] and labels int64 [N], on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: str) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+class Dataset(NamedTuple):
+    """A ten-class image set, split. `name` is how the report calls it; `checksum` covers all pixels and labels."""
+
+    name: str
+    classes: list[str]
+    train: Split
+    val: Split
+    test: Split
+    checksum: str
+    is_generated: bool
+
+    @property
+    def facts(self) -> dict:
+        """What the report and the provenance say about the data."""
+        sizes = {part: len(getattr(self, part).labels) for part in ("train", "val", "test")}
+        return {
+            "name": self.name, "classes": self.classes, "checksum": self.checksum,
+            "is_generated": self.is_generated, "is_cifar10": self.name == CIFAR10_NAME, **sizes,
+        }  # fmt: skip
+
+
+def load_data(settings: Settings) -> Dataset:
+    """The data set of the settings, split and on the device.
+
+    Raises `UserError` for a missing or unfit folder, an unreadable image, sizes larger than the data, no network.
+    """
+    kind = settings.data
+    if kind == "cifar10":
+        default_name, (classes, train, test) = CIFAR10_NAME, _cifar10(project_path(settings.data_dir))
+    elif kind == "shapes10":
+        default_name, (classes, train, test) = "shapes10 (generated images)", _shapes10(settings)
+    else:
+        folder = project_path(kind.removeprefix("folder:").strip())
+        default_name, (classes, train, test) = folder.name, _folder(folder, settings)
+    if kind != "cifar10" and settings.data_name == CIFAR10_NAME:
+        raise UserError(
+            f"data_name: '{CIFAR10_NAME}' names the original images (data = cifar10); "
+            "call these otherwise, for example 'CIFAR-10, JPEG re-encoding'"
+        )
+    sizes = (settings.train_size, settings.val_size)
+    indices = stratified_split(train.labels, sizes, settings.split_seed, "train_size + val_size")
+    (test_indices,) = stratified_split(test.labels, (settings.test_size,), settings.split_seed, "test_size")
+    parts = {
+        "train": Split(train.images[indices[0]], train.labels[indices[0]]),
+        "val": Split(train.images[indices[1]], train.labels[indices[1]]),
+        "test": Split(test.images[test_indices], test.labels[test_indices]),
+    }
+    checksum = tensor_checksum(
+        {f"{part}_{field}": tensor for part, split in parts.items() for field, tensor in split._asdict().items()}
+    )[:16]
+    on_device = {part: split.to(settings.device) for part, split in parts.items()}
+    return Dataset(settings.data_name or default_name, classes, **on_device, checksum=checksum,
+                   is_generated=kind == "shapes10")  # fmt: skip
+
+
+def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int, name: str = "sizes") -> list[Tensor]:
+    """Disjoint index sets of the given sizes, each with the classes in the proportions of `labels`, shuffled.
+
+    Class counts differ from the exact proportion by less than one (largest remainders). The same labels, sizes and
+    seed give the same sets. Raises `UserError` when there are fewer labels than asked for.
+    """
+    if sum(sizes) > len(labels):
+        raise UserError(f"{name}: {sum(sizes)} images were asked for, but the data holds {len(labels)}; lower it")
+    generator = torch.Generator().manual_seed(seed)
+    members = [torch.nonzero(labels == c).flatten() for c in labels.unique()]
+    members = [indices[torch.randperm(len(indices), generator=generator)] for indices in members]
+    taken = [0] * len(members)
+    result = []
+    for size in sizes:
+        left = torch.tensor([len(m) - t for m, t in zip(members, taken)])
+        exact = size * torch.tensor([len(m) for m in members], dtype=torch.float64) / len(labels)
+        counts = torch.minimum(exact.floor().long(), left)
+        order = torch.argsort(exact - counts, descending=True, stable=True).tolist()
+        while int(counts.sum()) < size:
+            for c in order:
+                if int(counts.sum()) < size and counts[c] < left[c]:
+                    counts[c] += 1
+        picked = torch.cat([m[t : t + int(n)] for m, t, n in zip(members, taken, counts)])
+        taken = [t + int(n) for t, n in zip(taken, counts)]
+        result.append(picked[torch.randperm(len(picked), generator=generator)])
+    return result
+
+
+def _cifar10(folder: Path) -> tuple[list[str], Split, Split]:
+    from torchvision.datasets import CIFAR10
+
+    parts = []
+    for train in (True, False):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # torchvision's "already downloaded"
+                part = CIFAR10(str(folder), train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"data: CIFAR-10 is not in {shown_path(folder)} and cannot be downloaded ({reason}); put "
+                "cifar-10-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) there, or use "
+                "data = shapes10 or data = folder:PATH"
+            ) from error
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        parts.append(Split(images, torch.tensor(part.targets)))
+    return list(part.classes), *parts
+
+
+def _shapes10(settings: Settings) -> tuple[list[str], Split, Split]:
+    names = list(shapes.SHAPES10)
+    asked = {"train": settings.train_size + settings.val_size, "test": settings.test_size}
+    parts = []
+    for seed, (part, count) in enumerate(asked.items()):
+        if count > SHAPES10_SIZES[part]:
+            raise UserError(f"data: shapes10 has {SHAPES10_SIZES[part]} images for {part}, {count} were asked for")
+        parts.append(Split(*shapes.draw(names, count, seed=seed)))
+    return names, *parts
+
+
+def _folder(folder: Path, settings: Settings) -> tuple[list[str], Split, Split]:
+    """Images of `folder/{train,test}/<class>/*`; decoded once, then kept as an artefact of the run."""
+    files = {part: _list_images(folder / part) for part in ("train", "test")}
+    classes = sorted(files["train"])
+    if classes != sorted(files["test"]):
+        odd = sorted(set(files["train"]) ^ set(files["test"]))
+        raise UserError(
+            f"data: train and test of {shown_path(folder)} must hold the same class folders; only one has "
+            f"{', '.join(odd)}"
+        )
+    if len(classes) != NUM_CLASSES:
+        raise UserError(f"data: {shown_path(folder / 'train')} holds {len(classes)} class folders; it must be ten")
+    listed = hashlib.sha256()
+    for part, by_class in files.items():
+        for name in classes:
+            for path in by_class[name]:
+                facts = path.stat()
+                listed.update(f"{part}/{name}/{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    key = {"what": "decoded images", "files": listed.hexdigest(), "size": IMAGE_SIZE}
+
+    def make() -> tuple[dict[str, Tensor], dict]:
+        return {
+            f"{part}_{field}": tensor
+            for part, by_class in files.items()
+            for field, tensor in _decode(by_class, classes, part)._asdict().items()
+        }, {"classes": classes}
+
+    tensors = artefact(settings.run_folder / "data", "images", key, make).tensors
+    return classes, *(Split(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in ("train", "test"))
+
+
+def _list_images(folder: Path) -> dict[str, list[Path]]:
+    if not folder.is_dir():
+        raise UserError(f"data: there is no folder {shown_path(folder)}; it must hold one folder of images a class")
+    found = {}
+    for sub in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        found[sub.name] = sorted(path for path in sub.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not found[sub.name]:
+            raise UserError(f"data: the class folder {shown_path(sub)} holds no images; add some or remove it")
+    return found
+
+
+def _decode(by_class: dict[str, list[Path]], classes: Sequence[str], part: str) -> Split:
+    paths = [(path, label) for label, name in enumerate(classes) for path in by_class[name]]
+    images = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    for i, (path, _) in enumerate(tqdm(paths, desc=f"reading {part} images", leave=False, disable=None)):
+        images[i] = read_image(path)
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in paths]))
+
+
+def read_image(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
+    """An image file as uint8 [size, size, 3]: any mode made RGB; not square: the middle; not `size`: resized.
+
+    Raises `UserError` naming a file that cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                rgb = ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning,
+            Image.DecompressionBombError) as error:  # fmt: skip
+        raise UserError(f"data: {shown_path(path)} cannot be read as an image ({error}); mend or remove it") from error
+    if rgb.size != (size, size):
+        rgb = ImageOps.fit(rgb, (size, size), method=Image.Resampling.LANCZOS)
+    return np.asarray(rgb)

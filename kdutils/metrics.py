@@ -1,0 +1,267 @@
+"""What is measured: pure functions of logits and labels, of the numbers of several seeds, and of a model.
+
+`logits` are float tensors [N, C] of any precision and on any device, `labels` int64 tensors [N] with values in
+[0, C); N >= 1. Everything is computed in float64 on the CPU. Shapes that do not fit raise ValueError.
+"""
+import contextlib
+import math
+import statistics
+import time
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def _checked(logits, labels=None):
+    if logits.ndim != 2 or len(logits) == 0:
+        raise ValueError(f"logits must be [N, C] with N >= 1, not {list(logits.shape)}")
+    logits = logits.detach().cpu().double()
+    if labels is None:
+        return logits
+    labels = labels.detach().cpu()
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels must be [{len(logits)}] like the logits, not {list(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(f"labels must lie in [0, {logits.shape[1]})")
+    return logits, labels
+
+
+# --- of one set of logits ---
+
+def accuracy(logits, labels):
+    """Share of images whose greatest logit is that of their class, in [0, 1]."""
+    logits, labels = _checked(logits, labels)
+    return (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def nll(logits, labels):
+    """Mean negative log-likelihood of the labels, in nats."""
+    logits, labels = _checked(logits, labels)
+    return F.cross_entropy(logits, labels).item()
+
+
+def ece(logits, labels, bins=15):
+    """Expected calibration error, in [0, 1]: the mean distance between confidence and accuracy over `bins`
+    equally wide bins (low, high] of confidence, weighted by how many images fall in each.
+
+    Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
+    """
+    logits, labels = _checked(logits, labels)
+    if bins < 1:
+        raise ValueError(f"bins must be >= 1, not {bins}")
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64)
+    gaps.index_add_(0, bin_of, (predicted == labels).double() - confidence)
+    return gaps.abs().sum().item() / len(labels)
+
+
+def evaluate(logits, labels):
+    """The three numbers every arm reports: {"accuracy", "nll", "ece"}."""
+    return {"accuracy": accuracy(logits, labels), "nll": nll(logits, labels), "ece": ece(logits, labels)}
+
+
+def predictive_entropy(logits):
+    """Mean entropy of the predicted distributions, in nats: from 0 (certain) to log C (uniform)."""
+    return torch.special.entr(_checked(logits).softmax(dim=1)).sum(dim=1).mean().item()
+
+
+def agreement(logits_a, logits_b):
+    """Share of images on which two models predict the same class, in [0, 1], right or wrong.
+
+    Top-1 agreement in Stanton et al., Does Knowledge Distillation Really Work?, NeurIPS 2021.
+    """
+    logits_a, logits_b = _checked(logits_a), _checked(logits_b)
+    if logits_a.shape != logits_b.shape:
+        raise ValueError(f"shapes differ: {list(logits_a.shape)} and {list(logits_b.shape)}")
+    return (logits_a.argmax(dim=1) == logits_b.argmax(dim=1)).double().mean().item()
+
+
+def confusion_matrix(logits, labels):
+    """Counts, int64 [C, C]: row = true class, column = predicted class."""
+    logits, labels = _checked(logits, labels)
+    classes = logits.shape[1]
+    cells = labels * classes + logits.argmax(dim=1)
+    return torch.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+
+
+def per_class_scores(logits, labels, classes):
+    """Table of one row per class: class, precision, recall, f1 (in [0, 1]) and support (its images).
+
+    A score whose denominator is zero is 0: the precision of a class that is never predicted, the recall of one
+    without images, the F1 of one with neither.
+    """
+    matrix = confusion_matrix(logits, labels)
+    if len(classes) != len(matrix):
+        raise ValueError(f"{len(classes)} class names for {len(matrix)} classes")
+    hits, predicted, support = matrix.diag(), matrix.sum(dim=0), matrix.sum(dim=1)
+    return pd.DataFrame({
+        "class": list(classes),
+        "precision": (hits / predicted.clamp(min=1)).tolist(),
+        "recall": (hits / support.clamp(min=1)).tolist(),
+        "f1": (2 * hits / (predicted + support).clamp(min=1)).tolist(),
+        "support": support.tolist(),
+    })
+
+
+def macro_scores(logits, labels):
+    """Unweighted means over all classes of `per_class_scores`: {"precision", "recall", "f1"}."""
+    table = per_class_scores(logits, labels, range(logits.shape[1]))
+    return {score: float(table[score].mean()) for score in ("precision", "recall", "f1")}
+
+
+# --- of several seeds ---
+
+class Difference(NamedTuple):
+    """A mean over seeds and its confidence interval; `low` and `high` are nan when `n` < 2."""
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def mean_sd(values):
+    """(mean, sample standard deviation) of one or more numbers; the latter is nan for a single one."""
+    values = [float(value) for value in values]
+    if not values:
+        raise ValueError("no values")
+    mean = math.fsum(values) / len(values)
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def mean_interval(values, confidence=0.95):
+    """`Difference` of the values from zero: their mean with its Student-t interval.
+
+    It is the interval for the mean over all seeds there could be, and takes the values as roughly normal.
+    """
+    values = list(values)
+    mean, sd = mean_sd(values)
+    n = len(values)
+    if n < 2:
+        return Difference(mean, math.nan, math.nan, n)
+    half = t_quantile((1 + confidence) / 2, n - 1) * sd / math.sqrt(n)
+    return Difference(mean, mean - half, mean + half, n)
+
+
+def paired_difference(a, b, confidence=0.95):
+    """`Difference` a - b of two arms' values, listed in the same order of seeds.
+
+    The interval is that of the per-seed differences, so what a seed does to both arms alike cancels.
+    Raises ValueError when the lengths differ or are zero.
+    """
+    a, b = list(a), list(b)
+    if len(a) != len(b):
+        raise ValueError(f"values of the same seeds are needed, not {len(a)} and {len(b)} values")
+    return mean_interval([x - y for x, y in zip(a, b)], confidence)
+
+
+def verdict(difference):
+    """What a `Difference` lets one say: "higher" or "lower" when its interval excludes zero, else
+    "not separable", or "too few seeds" when there is no interval."""
+    if difference.n < 2:
+        return "too few seeds"
+    if difference.low > 0:
+        return "higher"
+    if difference.high < 0:
+        return "lower"
+    return "not separable"
+
+
+def t_quantile(probability, df):
+    """Quantile of Student's t distribution with an integer number `df` >= 1 of degrees of freedom.
+
+    `probability` in [0.5, 1). For integer df the distribution function is a finite sum in the angle
+    atan(t / sqrt(df)) (Abramowitz and Stegun, 26.7.3 and 26.7.4), here inverted by bisection.
+    """
+    if not 0.5 <= probability < 1 or df < 1 or df != int(df):
+        raise ValueError(f"needs 0.5 <= probability < 1 and an integer df >= 1, not {probability} and {df}")
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_central(middle, df) < 2 * probability - 1 else (low, middle)
+    return math.sqrt(df) * math.tan(low)
+
+
+def _t_central(angle, df):
+    """P(|T| < sqrt(df) tan(angle))."""
+    odd = df % 2
+    term = total = (math.cos(angle) if odd else 1.0) if df > 1 else 0.0
+    for k in range(2 + odd, df - 1, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+# --- of a model ---
+
+def parameter_count(model, trainable_only=False):
+    """Number of parameters; with `trainable_only`, of those that require a gradient. Buffers do not count."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def multiply_adds(model, input_shape):
+    """Multiply-adds of one forward pass of one image of `input_shape` (C, H, W), counted exactly.
+
+    Those of `Conv2d` and `Linear` modules as they are called; biases, norms, activations, pooling and
+    functional calls are left out, as is usual.
+    """
+    count = 0
+
+    def add(module, inputs, output):
+        nonlocal count
+        # Weights [out, ...]: each output value takes as many multiply-adds as it has weights.
+        count += output.numel() * module.weight[0].numel()
+
+    hooks = [module.register_forward_hook(add) for module in model.modules()
+             if isinstance(module, (nn.Conv2d, nn.Linear))]
+    try:
+        with _inference(model):
+            like = next(model.parameters())
+            model(torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return count
+
+
+def latency(model, example, repeats=20):
+    """Median time per image, in seconds, of a forward pass of the batch `example` [N, ...] on its device.
+
+    Three passes go before as a warm-up, and the device is waited for, so that work only queued is not missed.
+    """
+    if repeats < 1 or len(example) == 0:
+        raise ValueError("needs repeats >= 1 and at least one image")
+    seconds = []
+    with _inference(model):
+        for number in range(3 + repeats):
+            _wait(example.device)
+            start = time.perf_counter()
+            model(example)
+            _wait(example.device)
+            if number >= 3:
+                seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) / len(example)
+
+
+@contextlib.contextmanager
+def _inference(model):
+    """Eval mode without gradients, leaving every submodule in the mode it was found in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

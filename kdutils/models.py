@@ -1,0 +1,229 @@
+"""The student, and pre-trained ResNets cut in two: a frozen prefix and a trainable suffix."""
+
+import hashlib
+import itertools
+import math
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from kdutils.settings import UserError, project_path, shown_path, weights_file
+
+# ImageNet's mean and standard deviation of the channels (R, G, B), as torchvision's models expect them
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] to float32 with ImageNet's mean and standard deviation; keeps the memory layout."""
+    mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(STD, device=pixels.device).view(1, 3, 1, 1) * 255
+    return (pixels.float() - mean) / std
+
+
+class SmallCNN(nn.Module):
+    """The student: two 3x3 convolutions, each with ReLU and 2x2 max-pooling, and two fully connected layers.
+
+    Input: normalised images float [B, 3, 32, 32]; output: logits [B, num_classes]. 268,650 parameters at 10 classes.
+    """
+
+    def __init__(self, num_classes: int = 10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1)
+        self.pool1 = nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)
+        self.pool2 = nn.MaxPool2d(2)
+        self.fc1 = nn.Linear(32 * 8 * 8, 128)
+        self.fc2 = nn.Linear(128, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool1(F.relu(self.conv1(x)))
+        x = self.pool2(F.relu(self.conv2(x)))
+        x = F.relu(self.fc1(x.flatten(1)))
+        return self.fc2(x)
+
+
+def seeded(seed: int, build, *args):
+    """`build(*args)` with its random initial weights drawn from `seed`; the global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(*args)
+
+
+class Backbone(NamedTuple):
+    """A ResNet and where its weights come from."""
+
+    model: nn.Module
+    description: str
+    is_standin: bool
+    checksum: str
+
+
+class Resize(nn.Module):
+    """Bilinear resize of float [B, 3, H, W] to `size` x `size`, anti-aliased when it shrinks."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] == (self.size, self.size):
+            return x
+        shrinks = x.shape[-1] > self.size
+        return F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+def load_backbone(arch: str, weights: str) -> Backbone:
+    """A torchvision ResNet with the weights of the setting: `imagenet`, `none` or a folder.
+
+    Raises `UserError` for absent or unfit weights, and without a network when they must be downloaded.
+    """
+    from torchvision import models
+
+    if weights == "none":
+        model = seeded(0, getattr(models, arch))
+        return Backbone(model, "no pre-training: trained as a whole from random weights", True, "none")
+    if weights == "imagenet":
+        state, description, is_standin, checksum = _imagenet_state(arch)
+    else:
+        path = weights_file(project_path(weights), arch)
+        state, header = read_state(path)
+        description = header.get("description") or f"pre-trained weights of {shown_path(path)}"
+        is_standin = header.get("standin", "").lower() == "true"
+        checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return Backbone(with_state(arch, state), description, is_standin, checksum)
+
+
+def with_state(arch: str, state: dict[str, Tensor]) -> nn.Module:
+    """A torchvision ResNet with this state dict but for its last layer, which is dropped.
+
+    Raises `UserError` if the state dict does not fit the architecture.
+    """
+    from torchvision import models
+
+    model = seeded(0, getattr(models, arch))
+    body = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    body = {name: tensor for name, tensor in body.items() if not name.startswith("fc.")}
+    try:
+        odd = model.load_state_dict(body, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"weights: these are not {arch}'s: {str(error).splitlines()[-1].strip()}") from error
+    missing = [name for name in odd.missing_keys if not name.startswith("fc.") and "num_batches" not in name]
+    if missing or odd.unexpected_keys:
+        names = ", ".join((missing + odd.unexpected_keys)[:3])
+        raise UserError(f"weights: these are not a torchvision {arch}'s (for example {names}); give its state dict")
+    return model
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """State dict and header of a .safetensors or .pth file; nothing in the file is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"weights: {shown_path(path)} cannot be read ({reason}); give an undamaged file") from error
+    except Exception as error:  # pickle.UnpicklingError: content that weights_only refuses
+        raise UserError(f"weights: {shown_path(path)} holds more than tensors; save a plain state dict") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"weights: {shown_path(path)} is no state dict; save model.state_dict()")
+    return state, {}
+
+
+def _imagenet_state(arch: str) -> tuple[dict[str, Tensor], str, bool, str]:
+    from torchvision import models
+
+    weights = models.get_model_weights(arch).IMAGENET1K_V1
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"weights: {arch}'s ImageNet weights cannot be downloaded ({reason}); get {weights.url} elsewhere, name it "
+            f"{arch}.pth and give its folder as weights, or use weights = generated or none"
+        ) from error
+    # the file's name carries the start of its SHA-256, which check_hash verified
+    return state, "ImageNet-1k (torchvision IMAGENET1K_V1)", False, weights.url.rsplit("-", 1)[-1].removesuffix(".pth")
+
+
+def cut(model: nn.Module, trainable: str, size: int, num_classes: int, seed: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """Cut a ResNet into (frozen prefix, trainable suffix) with a new last layer for `num_classes`, seeded.
+
+    `trainable`: `last_layer` (fc), `last_block` (layer4 and fc) or `all` (the prefix is then empty). The composition
+    takes normalised images float [B, 3, H, W], which it resizes to `size`, and gives logits [B, num_classes].
+    Prefix and suffix share their modules with `model`.
+    """
+    first = {"last_layer": "fc", "last_block": "layer4", "all": "resize"}[trainable]
+    parts = OrderedDict(resize=Resize(size))
+    parts |= {name: module for name, module in model.named_children() if name != "fc"}
+    parts |= {"flatten": nn.Flatten(), "fc": seeded(seed, nn.Linear, model.fc.in_features, num_classes)}
+    names = list(parts)
+    at = names.index(first)
+    prefix = nn.Sequential(OrderedDict((name, parts[name]) for name in names[:at]))
+    suffix = nn.Sequential(OrderedDict((name, parts[name]) for name in names[at:]))
+    return prefix.eval().requires_grad_(False), suffix.requires_grad_(True)
+
+
+def fold_batch_norms(module: nn.Module) -> nn.Module:
+    """Fold every BatchNorm that follows a convolution into it, in place: for a frozen network in eval mode.
+
+    Relies on convolution and norm being neighbours in definition order, as in torchvision's ResNets.
+    """
+    for parent in list(module.modules()):
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, nn.Identity())
+    return module
+
+
+def architecture(arch: str, size: int, num_classes: int) -> nn.Module:
+    """A ResNet that takes normalised images, resizes them to `size` and gives `num_classes` logits; random weights."""
+    from torchvision import models
+
+    return cut(seeded(0, getattr(models, arch)), "all", size, num_classes, seed=0)[1]
+
+
+def layer_table(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What torchsummary prints, as two tables: the layers, and the memory for one image in MB (2^20 bytes, float32).
+
+    `input_shape` is that of one image, without the batch. As in torchsummary, the forward/backward pass counts every
+    layer's output twice.
+    """
+    layers: list[dict] = []
+
+    def note_layer(module: nn.Module, _: tuple, output: Tensor) -> None:
+        layers.append({
+            "Layer": f"{type(module).__name__}-{len(layers) + 1}", "Output shape": [-1, *output.shape[1:]],
+            "Parameters": sum(p.numel() for p in module.parameters()),
+        })  # fmt: skip
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(note_layer) for module in leaves]
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        model(torch.zeros(1, *input_shape, device=device))
+    for hook in hooks:
+        hook.remove()
+    numbers = {
+        "Input": math.prod(input_shape),
+        "Forward and backward pass": 2 * sum(-math.prod(layer["Output shape"]) for layer in layers),
+        "Parameters": sum(layer["Parameters"] for layer in layers),
+    }
+    megabytes = {name: count * 4 / 2**20 for name, count in numbers.items()}
+    megabytes["Estimated total"] = sum(megabytes.values())
+    memory = pd.DataFrame({"Memory": list(megabytes), "MB": [f"{value:.2f}" for value in megabytes.values()]})
+    total = {"Layer": "Total", "Output shape": "", "Parameters": numbers["Parameters"]}
+    table = pd.DataFrame([*layers, total])
+    table["Output shape"] = table["Output shape"].astype(str)
+    table["Parameters"] = table["Parameters"].map("{:,}".format)
+    return table, memory

@@ -1,0 +1,155 @@
+"""The notebooks in batch, through papermill; the report made of them; `python -m kdutils` calls these."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from kdutils import report
+from kdutils.data import load_data
+from kdutils.models import load_backbone
+from kdutils.results import read_results
+from kdutils.settings import ARCHITECTURES, ROOT, Settings, UserError, apply_threads, load_settings, shown_path
+
+NOTEBOOKS = ("01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers")
+
+
+def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
+    """Run the four notebooks into `runs/<profile>/notebooks/`; stops at the first that fails.
+
+    Everything the notebooks will need is checked before the first of them starts. Raises `UserError` with the
+    failing cell's error and the partial notebook's path.
+    """
+    settings = load_settings(profile, **parameters)
+    apply_threads(settings)
+    dataset = load_data(settings)
+    if settings.weights != "generated":
+        for arch in ARCHITECTURES:
+            load_backbone(arch, settings.weights)
+    print(f"{dataset.name}; {settings.device}, {settings.precision}; artefacts in {shown_path(settings.run_folder)}")
+    folder = settings.run_folder / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    given = {"profile": profile} | {name: getattr(settings, name) for name in parameters}
+    start = time.monotonic()
+    for name in NOTEBOOKS:
+        begun = time.monotonic()
+        _execute(name, folder / f"{name}.ipynb", given, settings)
+        print(f"{name}: done in {_minutes(time.monotonic() - begun)}", flush=True)
+    print(f"all four notebooks: {_minutes(time.monotonic() - start)}; results in "
+          f"{shown_path(settings.run_folder / 'results.csv')}")  # fmt: skip
+    return settings
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+
+
+def _execute(name: str, output: Path, parameters: Mapping[str, Any], settings: Settings) -> None:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        with _progress_log(settings.run_folder / "progress.log"):
+            papermill.execute_notebook(
+                str(ROOT / "notebooks" / f"{name}.ipynb"), str(output), dict(parameters),
+                kernel_name="python3", cwd=str(ROOT / "notebooks"), progress_bar=False,
+            )  # fmt: skip
+    except PapermillExecutionError as error:
+        reason = error.evalue if error.ename in ("UserError", "TrainingError") else f"{error.ename}: {error.evalue}"
+        raise UserError(
+            f"{name} stopped in cell {error.exec_count}: {reason} (what had run: {shown_path(output)})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _progress_log(path: Path) -> Iterator[None]:
+    """Show in this terminal the progress lines that trainings in a notebook's kernel append to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("", encoding="utf-8")
+    os.environ["KDUTILS_PROGRESS"] = str(path)
+    stop = threading.Event()
+
+    def follow() -> None:
+        with path.open(encoding="utf-8") as log:
+            while True:
+                last = stop.is_set()
+                for line in log:
+                    print("  " + line.rstrip("\n"), flush=True)
+                if last:
+                    return
+                stop.wait(0.5)
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        follower.join()
+        del os.environ["KDUTILS_PROGRESS"]
+
+
+def make_report(settings: Settings, out: Path, pdf: Path) -> Path:
+    """Export the executed notebooks into `out/generated`, beside their rows and provenance, and typeset `pdf`.
+
+    Into the project's own report folder, the executed notebooks are copied too and README.md's table is made anew.
+    """
+    results, provenance = read_results(settings.run_folder), _read_provenance(settings.run_folder)
+    if provenance["settings"] != json.loads(json.dumps(settings.identity())):
+        raise UserError(
+            f"report: {shown_path(settings.run_folder)} was last run with other settings; "
+            f"run it again with these, or report with: {provenance['command'].replace(' run ', ' report ', 1)}"
+        )
+    generated = out / "generated"
+    notebooks = [settings.run_folder / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS]
+    missing = [shown_path(path) for path in notebooks if not path.is_file()]
+    if missing:
+        raise UserError(f"report: {', '.join(missing)} not there; run the notebooks first (python -m kdutils run)")
+    if generated.exists():
+        shutil.rmtree(generated)
+    report.export_notebooks(notebooks, generated)
+    for name in ("results.csv", "provenance.json", "timings.csv"):
+        shutil.copyfile(settings.run_folder / name, generated / name)
+    report.write_macros(report.result_values(results, provenance) | report_words(provenance), generated)
+    if out == report.REPORT:
+        for path in notebooks:
+            _copy_notebook(path, out / "notebooks" / path.name)
+        report.update_readme(ROOT / "README.md", report.results_table(results), readme_note(provenance))
+    return typeset(generated, pdf)
+
+
+def typeset(generated: Path, pdf: Path) -> Path:
+    """Typeset what lies in `generated` into `pdf`."""
+    if not (generated / "macros.tex").is_file():
+        raise UserError(f"report: {shown_path(generated)} holds nothing to typeset; run `make report` first")
+    for box in report.build_pdf(report.REPORT, generated, pdf):
+        print(f"report: {box}")
+    return pdf
+
+
+def _read_provenance(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+
+
+def _copy_notebook(source: Path, target: Path) -> None:
+    """Copy an executed notebook without the paths and times of the machine that ran it."""
+    notebook = nbformat.read(source, as_version=4)
+    for part in (notebook, *notebook.cells):
+        part.metadata.pop("papermill", None)
+        part.metadata.pop("execution", None)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, target)
+
+
+def results_frame(folder: Path) -> pd.DataFrame:
+    """The results table of a run or of the report, as the terminal, the README and notebook 04 show it."""
+    return report.results_table(read_results(folder))

@@ -1,0 +1,440 @@
+"""From what notebooks show to a LaTeX report: figures and tables, the exporter, the numbers in the prose, the PDF."""
+
+import base64
+import html
+import io
+import itertools
+import math
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import textwrap
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
+from IPython.display import display
+from matplotlib.figure import Figure
+from nbconvert.exporters import LatexExporter
+from traitlets.config import Config
+
+from kdutils import metrics
+from kdutils.runs import write_atomically, write_text
+from kdutils.settings import ROOT, UserError, shown_path
+
+REPORT = ROOT / "report"
+TEX_PACKAGES = "latexmk texlive-latex-extra lmodern"
+RULE_OF_NAMES = "a name is made of a-z, 0-9 and -, such as curves-scratch"
+
+WORDS = {
+    "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "one_cycle": "one-cycle",
+    "resnet18": "ResNet-18", "resnet50": "ResNet-50",
+    "last_layer": "the last layer", "last_block": "the last block and the last layer", "all": "the whole network",
+}  # fmt: skip
+ARMS = {
+    "scratch": "student from scratch", "kd": "student distilled from one teacher",
+    "kd_mean_prob": "student distilled, mean of probabilities",
+    "kd_mean_logit": "student distilled, mean of logits",
+    "kd_confidence": "student distilled, weighted by confidence",
+    "last_layer": "last layer fine-tuned", "last_block": "last block and last layer fine-tuned",
+    "all": "whole network trained",
+}  # fmt: skip
+VERDICTS = {  # metrics.verdict -> what an arm does to the accuracy, how it compares
+    "higher": ("raises", "higher than"),
+    "lower": ("lowers", "lower than"),
+    "not separable": ("does not measurably change", "not measurably different from"),
+    "too few seeds": ("was run with too few seeds to tell whether it changes", "of too few seeds to be told from"),
+}
+
+_SPECIAL = {character: f"\\{character}" for character in "{}$&%#_"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}",
+}  # fmt: skip
+_PAIRS = r"""α \alpha β \beta γ \gamma δ \delta ε \epsilon ζ \zeta η \eta θ \theta ι \iota κ \kappa λ \lambda μ \mu ν \nu
+ξ \xi π \pi ρ \rho σ \sigma τ \tau υ \upsilon φ \phi χ \chi ψ \psi ω \omega Γ \Gamma Δ \Delta Θ \Theta Λ \Lambda Π \Pi
+Σ \Sigma Φ \Phi Ψ \Psi Ω \Omega ± \pm × \times ÷ \div − - · \cdot → \rightarrow ← \leftarrow ≈ \approx ≤ \leq ≥ \geq
+≠ \neq ∞ \infty √ \surd ∈ \in ∑ \sum ² {}^2 ³ {}^3 µ \mu ° {}^\circ""".split()
+_MATH = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
+_MARKS = {"–": "endash", "—": "emdash", "…": "ellipsis", "‘": "quoteleft", "’": "quoteright", "“": "quotedblleft",
+          "”": "quotedblright", "•": "bullet"}  # fmt: skip
+
+
+def _beyond_ascii(match: re.Match) -> str:
+    character = match.group()
+    if character in _MATH:
+        return rf"\ensuremath{{{_MATH[character]}}}"
+    if character in _MARKS:
+        return rf"\text{_MARKS[character]}{{}}"
+    if "¡" <= character <= "ž" and character not in "ĦħĸĿŀŉŦŧ\u00ad":  # what the T1 fonts have
+        return character
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    if plain.isalnum() or plain == " " or unicodedata.category(character)[0] in "MC":
+        return plain
+    return f"[U+{ord(character):04X}]"  # pdfLaTeX has no glyph; its number is better than a stopped build
+
+
+def tex(text: Any) -> str:
+    """Any text as LaTeX that prints that text; what pdfLaTeX has no glyph for appears as its code point."""
+    text = unicodedata.normalize("NFC", " ".join(str(text).split()))
+    text = "".join(_SPECIAL.get(character, character) for character in text).replace("--", "-{}-")
+    return re.sub(r"[^\x20-\x7e]", _beyond_ascii, text).replace(r" \ensuremath{\pm} ", r"~\ensuremath{\pm}~")
+
+
+# --- in a notebook ---
+
+
+def _shown(kind: str, name: str, caption: str, note: str, bundle: dict[str, str]) -> None:
+    caption = f"{caption} {note}".strip()
+    display(bundle | {"text/plain": caption}, raw=True, metadata={
+        "kdutils": {"kind": kind, "name": name, "caption": caption}})  # fmt: skip
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9-]+", name):
+        raise UserError(f"name: {name!r} cannot name a figure or table; {RULE_OF_NAMES}")
+
+
+def show_figure(fig: Figure, name: str, caption: str, note: str = "") -> None:
+    """Show a figure with its caption, once, and close it; the exporter makes it the float `fig:<name>`.
+
+    The output holds a PNG (with the caption under it) and a vector PDF whose bytes depend on the figure alone.
+    `note` is appended to the caption. Raises `UserError` for a name that is not of a-z, 0-9 and -.
+    """
+    _check_name(name)
+    pdf, png = io.BytesIO(), io.BytesIO()
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        fig.savefig(pdf, format="pdf", bbox_inches="tight", pad_inches=0.02, metadata={"CreationDate": None})
+    lines = textwrap.fill(f"{caption} {note}".strip(), width=max(40, round(15 * fig.get_figwidth())))
+    fig.text(0.01, -0.02, lines, va="top", fontsize=9, color="0.25", parse_math=False)
+    fig.savefig(png, format="png", dpi=110, bbox_inches="tight", facecolor="white")
+    plt.close(fig)
+    _shown("figure", name, caption, note, {
+        "image/png": base64.b64encode(png.getvalue()).decode(),
+        "application/pdf": base64.b64encode(pdf.getvalue()).decode(),
+    })  # fmt: skip
+
+
+def show_table(frame: pd.DataFrame, name: str, caption: str, note: str = "") -> None:
+    """Show a table with its caption; the exporter makes it the float `tab:<name>` (see `show_figure`).
+
+    Floats are shown with three decimals, whole numbers in groups of three digits, missing values as a dash; an
+    index other than 0, 1, 2, ... becomes the first column.
+    """
+    _check_name(name)
+    texts = _as_text(frame)
+    heading = f"<caption style='text-align:left'>{html.escape(f'{caption} {note}'.strip())}</caption>"
+    page = texts.to_html(index=False, border=0).replace(">", f">{heading}", 1)
+    _shown("table", name, caption, note, {"text/html": page, "text/latex": _tabular(texts)})
+
+
+def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
+    if not isinstance(frame.index, pd.RangeIndex):
+        frame = frame.reset_index(names=[name or "" for name in frame.index.names])
+    names = [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in frame.columns]
+    columns = [[_cell(value) for value in frame.iloc[:, i]] for i in range(frame.shape[1])]
+    return pd.DataFrame(list(zip(*columns, strict=True)), columns=names, dtype=object)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, str) or isinstance(value, bool) or not hasattr(value, "__round__"):
+        return " ".join(str(value).split())
+    return f"{value:,}" if float(value).is_integer() and not isinstance(value, float) else f"{value:.3f}"
+
+
+def _tabular(texts: pd.DataFrame) -> str:
+    number = re.compile(r"[-+−]?[\d.,]+(e[-+]?\d+)?\s*%?(\s*±.*)?|–|")
+    kinds = []
+    for _, column in texts.items():
+        kinds.append("r" if all(number.fullmatch(text) for text in column) else "l")
+        if kinds[-1] == "l" and max(map(len, column), default=0) > 60:
+            kinds[-1] = r"p{0.42\linewidth}"
+    cells = texts.map(tex) if len(texts) else texts
+    return cells.set_axis([tex(name) for name in texts.columns], axis=1).to_latex(
+        index=False, escape=False, column_format="".join(kinds)
+    )
+
+
+# --- the exporter ---
+
+
+def export_notebooks(notebooks: list[Path], out: Path) -> None:
+    """Turn executed notebooks into what report.tex reads, with the nbconvert template in `report/template`.
+
+    Writes `<stem>.tex` (one definition for each float), `<stem>-code.tex` (the code, for the appendix),
+    `figures/<name>.pdf` and `notebooks.tex` (the list of stems) into `out`, and removes what an earlier export
+    left there. Raises `UserError` for a notebook that failed or was not run to its end, and for a name given twice.
+    """
+    places: dict[str, str] = {}
+    files: dict[Path, bytes] = {}
+    for path in map(Path, notebooks):
+        nb = nbformat.read(path, as_version=4)
+        for number, cell in enumerate(nb.cells, start=1):
+            if cell.cell_type == "code":
+                _check_finished(cell, f"{shown_path(path)}, cell {number}")
+                for shown in _shown_in(cell):
+                    name, place = shown.metadata.kdutils.name, f"{path.name}, cell {number}"
+                    if name in places:
+                        raise UserError(f"name: '{name}' is used in {places[name]} and in {place}; rename one of them")
+                    places[name] = place
+                    if shown.metadata.kdutils.kind == "figure":
+                        pdf = base64.b64decode(shown.data["application/pdf"])
+                        files[out / "figures" / f"{name}.pdf"] = pdf
+        headings = [title for cell in nb.cells if cell.cell_type == "markdown" for title in _headings(cell.source)]
+        resources = {"kdutils": {"stem": path.stem, "title": (headings or [path.stem])[0]}}
+        files[out / f"{path.stem}.tex"] = _export(nb, "index.tex.j2", resources).encode()
+        files[out / f"{path.stem}-code.tex"] = _export(nb, "code.tex.j2", resources).encode()
+    stems = ",".join(Path(path).stem for path in notebooks)
+    files[out / "notebooks.tex"] = f"\\def\\kdnotebooks{{{stems}}}\n".encode()
+    for path, content in files.items():
+        write_atomically(path, lambda part, content=content: part.write_bytes(content))
+    for old in {*out.glob("*.tex"), *out.glob("figures/*.pdf")} - files.keys() - {out / "macros.tex"}:
+        old.unlink()
+
+
+def _check_finished(cell: nbformat.NotebookNode, place: str) -> None:
+    for output in cell.outputs:
+        if output.output_type == "error":
+            raise UserError(f"notebook: {place} failed ({output.ename}: {output.evalue}); mend it and run it again")
+    done = cell.execution_count is not None or cell.metadata.get("papermill", {}).get("status") == "completed"
+    if cell.source.strip() and not done:
+        raise UserError(f"notebook: {place} has not been run; run the notebook to its end first")
+
+
+def _shown_in(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for output in cell.outputs if "kdutils" in output.get("metadata", {})]
+
+
+def _export(nb: nbformat.NotebookNode, template: str, resources: dict[str, Any]) -> str:
+    off = {name: {"enabled": False} for name in ("ExtractOutputPreprocessor", "SVG2PDFPreprocessor")}
+    exporter = LatexExporter(
+        config=Config(off), template_name="template", template_file=template, extra_template_basedirs=[str(REPORT)]
+    )
+    exporter.register_filter("tex", tex)
+    exporter.register_filter("glyphs", lambda text: re.sub(r"[^\x00-\x7e]", _beyond_ascii, text))
+    exporter.register_filter("headings", _headings)
+    return exporter.from_notebook_node(nb, resources)[0]
+
+
+def _headings(markdown: str) -> list[str]:
+    prose = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(r"[*`$]", "", line) for line in re.findall(r"^#{1,6}\s+(.+?)\s*#*\s*$", prose, flags=re.MULTILINE)]
+
+
+# --- numbers and words ---
+
+
+def write_macros(values: Mapping[str, str], out: Path) -> None:
+    r"""Write `macros.tex` into `out`: every key becomes readable in report.tex as `\val{key}`."""
+    for key in values:
+        if not re.fullmatch(r"[A-Za-z0-9_./+-]+", key):
+            raise UserError(f"macro: {key!r} cannot be a key; use letters, digits and _ . / + -")
+    lines = [rf"\expandafter\def\csname kd@val@{key}\endcsname{{{tex(values[key])}}}" for key in sorted(values)]
+    write_text(out / "macros.tex", "\n".join(lines) + "\n")
+
+
+def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The texts that report.tex's prose is made of, from the tidy rows of results.csv and from the provenance.
+
+    `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}` (also under `teacher/...` for the models of task 2);
+    `diff/<a>/<b>/{points,ci,verdict,compared}` for the test accuracies of every two arms, in points (`ci`, `verdict`
+    and `compared` for students only: these are paired by seed); `best/{words,pm}`; `settings/...` and all else in
+    the provenance by its path; `words/...`: counts with their nouns.
+    """
+    values = _flat(provenance)
+    results = results.assign(teachers=results.teachers.fillna(""), task=results.task.astype(str))
+    as_teacher = results[results.task == "2"].assign(arm="teacher")
+    everything = pd.concat([results, as_teacher])
+    for keys, rows in everything.groupby(["arm", "teachers", "split", "metric"]):
+        per_cent = "accuracy" in keys[-1] or keys[-1].startswith("agreement")
+        values |= {f"{'/'.join(keys)}/{name}": text for name, text in _spread(rows.value, per_cent).items()}
+    accuracy = everything[(everything.split == "test") & (everything.metric == "accuracy")]
+    arms = {
+        "/".join(filter(None, keys)): rows.set_index("seed").value * 100
+        for keys, rows in accuracy.groupby(["arm", "teachers"])
+    }
+    students = {"/".join(filter(None, keys)) for keys in results[results.task != "2"][["arm", "teachers"]].values}
+    for a, b in itertools.permutations(arms, 2):
+        paired = a in students and b in students
+        values |= {f"diff/{a}/{b}/{name}": text for name, text in _difference(arms[a], arms[b], paired).items()}
+    if students & arms.keys():
+        best = max(sorted(students & arms.keys()), key=lambda label: arms[label].mean())
+        values |= {"best/words": _arm_words(*best.partition("/")[::2]), "best/pm": _spread(arms[best] / 100, True)["pm"]}
+    return values | _setting_words(provenance.get("settings", {}))
+
+
+def _spread(column: pd.Series, per_cent: bool) -> dict[str, str]:
+    scale, decimals = (100, 2) if per_cent else (1, 3)
+    mean, sd, n = scale * column.mean(), scale * column.std(), len(column)
+    known = {"mean": f"{mean:.{decimals}f}", "n": str(n), "seeds": _count(n, "seed")}
+    if math.isnan(sd):
+        return known | {"sd": "unknown", "pm": known["mean"]}
+    return known | {"sd": f"{sd:.{decimals}f}", "pm": f"{mean:.{decimals}f} ± {sd:.{decimals}f}"}
+
+
+def _difference(a: pd.Series, b: pd.Series, paired: bool) -> dict[str, str]:
+    if not paired:
+        return {"points": _signed(a.mean() - b.mean())}
+    seeds = a.index.intersection(b.index)
+    if seeds.empty:
+        mean, ci, verdict = a.mean() - b.mean(), "none", "too few seeds"
+    else:
+        found = metrics.paired_difference(a[seeds].to_numpy(), b[seeds].to_numpy())
+        mean, low, high, _ = found
+        verdict = metrics.verdict(found)
+        finite = math.isfinite(low) and math.isfinite(high)
+        ci = f"{_signed(low)} to {_signed(high)}" if finite else "none, too few seeds"
+    effect, compared = VERDICTS[verdict]
+    return {"points": _signed(mean), "ci": ci, "verdict": effect, "compared": compared}
+
+
+def _signed(number: float) -> str:
+    return f"{round(number, 2) + 0.0:+.2f}".replace("-", "−")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, str]:
+    if isinstance(tree, Mapping):
+        inner = (_flat(value, f"{path}/{re.sub(r'[^A-Za-z0-9_.+-]', '-', str(key))}") for key, value in tree.items())
+        return {key: text for flat in inner for key, text in flat.items()}
+    return {path.lstrip("/"): _value(tree, plain=path.endswith("seed"))}
+
+
+def _value(value: Any, plain: bool = False) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(item, plain=True) for item in value)
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, int):
+        return str(value) if plain else f"{value:,}"
+    if isinstance(value, float):
+        return re.sub(r"e([-+])0+", r"e\1", f"{value:g}")
+    return WORDS.get(str(value), str(value))
+
+
+def _setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
+    words = {}
+    for name in ("epochs", "resnet50_epochs", "resnet18_epochs"):
+        if name in settings:
+            words[f"words/{name}"] = _count(settings[name], "epoch")
+    for name in ("seeds", "teacher_seeds"):
+        if name in settings:
+            words[f"words/{name}"] = _count(len(settings[name]), "seed")
+    if "teacher_views" in settings:
+        words["words/teacher_views"] = _count(settings["teacher_views"], "view")
+    if {"max_shift", "shift_step"} <= settings.keys():
+        shifts = 2 * settings["max_shift"] // settings["shift_step"] + 1
+        words["words/views"] = _count(2 * shifts**2, "view")
+    for arch in ("resnet50", "resnet18"):
+        if f"{arch}_trainable" in settings:
+            part = "all" if settings.get("weights") == "none" else settings[f"{arch}_trainable"]
+            words[f"{arch}/trainable-words"] = WORDS[part]
+    return words
+
+
+# --- the results table ---
+
+
+def _teacher_words(teachers: str) -> str:
+    return " + ".join(WORDS.get(name, name) for name in teachers.split("+"))
+
+
+def _arm_words(arm: str, teachers: str = "") -> str:
+    words = ARMS.get(arm, arm.replace("_", " "))
+    return f"{words} ({_teacher_words(teachers)})" if teachers else words
+
+
+def results_table(results: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm, in words: mean and standard deviation over its seeds of the test accuracy; NLL; ECE."""
+    test = results[results.split == "test"].assign(teachers=results.teachers.fillna(""), task=results.task.astype(str))
+    rows = []
+    varying = [name for name in ("labels", "epochs") if test.groupby(["arm", "teachers"])[name].nunique().max() > 1]
+    for keys, group in test.groupby(["task", "arm", "teachers", *varying], sort=False):
+        task, arm, teachers = keys[:3]
+        by = {metric: column.value for metric, column in group.groupby("metric")}
+        model = ARMS.get(arm, arm.replace("_", " "))
+        if task == "2":
+            model, teachers = f"{_teacher_words(teachers)}, {model}", ""
+        accuracy = _spread(by["accuracy"], per_cent=True)
+        rows.append({"Task": task, "Model": model[:1].upper() + model[1:], "Teachers": _teacher_words(teachers) or "–",
+            **dict(zip((name.capitalize() for name in varying), map(_value, keys[3:]), strict=True)),
+            "Test accuracy (%)": accuracy["pm"], "Seeds": accuracy["n"],
+            "NLL": f"{by['nll'].mean():.3f}" if "nll" in by else "–",
+            "ECE": f"{by['ece'].mean():.3f}" if "ece" in by else "–"})  # fmt: skip
+    return pd.DataFrame(rows).sort_values("Task", kind="stable", ignore_index=True)
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """The frame as a table in GitHub's Markdown."""
+    texts = _as_text(frame)
+    rows = [list(texts.columns), ["---"] * texts.shape[1], *texts.values.tolist()]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def update_readme(path: Path, frame: pd.DataFrame, notes: str = "") -> None:
+    """Put the table, and `notes` under it, between the file's two marks `<!-- results:begin -->`, `... end -->`."""
+    begin, end = "<!-- results:begin -->", "<!-- results:end -->"
+    text = path.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"README: {shown_path(path)} must hold one line {begin} and, after it, one line {end}")
+    body = "\n\n".join(filter(None, [markdown_table(frame), notes.strip()]))
+    write_text(path, f"{text[: text.index(begin)]}{begin}\n{body}\n{text[text.index(end) :]}")
+
+
+# --- the PDF ---
+
+
+def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
+    """Typeset `report_dir`'s report.tex with what was exported into `generated`; the same input, the same bytes.
+
+    Returns the boxes that stick out by more than 2 pt (nothing to worry about; good to know). Raises `UserError` when
+    latexmk is missing, when LaTeX stops (its first error, and where the log is), and for an undefined reference.
+    """
+    if shutil.which("latexmk") is None or shutil.which("pdflatex") is None:
+        raise UserError(f"report: latexmk is missing; type 'sudo apt-get install {TEX_PACKAGES}' and try again")
+    for needed in ("macros.tex", "notebooks.tex"):
+        if not (generated / needed).is_file():
+            raise UserError(f"report: {shown_path(generated)} has no {needed}; run the notebooks first (make report)")
+    with tempfile.TemporaryDirectory() as folder:
+        build = Path(folder)
+        for name in ("report.tex", "references.bib"):
+            shutil.copy(report_dir / name, build)
+        shutil.copytree(generated, build / "generated")
+        command = ["latexmk", "-norc", "-pdf", "-halt-on-error", "-interaction=nonstopmode", "report.tex"]
+        command.insert(-1, "-latexoption=-no-shell-escape")
+        environment = {"SOURCE_DATE_EPOCH": "0", "FORCE_SOURCE_DATE": "1"} | os.environ | {"max_print_line": "1000"}
+        run = subprocess.run(
+            command, cwd=build, env=environment, capture_output=True, encoding="utf-8", errors="replace"
+        )
+        log_file = build / "report.log"
+        log = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else run.stdout + run.stderr
+        wrong = _what_is_wrong(log, run)
+        kept = pdf.with_suffix(".log")
+        if wrong:
+            write_text(kept, log)
+            raise UserError(f"report: {wrong}; the log is {shown_path(kept)}")
+        write_atomically(pdf, lambda part: shutil.copy(build / "report.pdf", part))
+        kept.unlink(missing_ok=True)
+    sticking_out = re.finditer(r"^Overfull .*?\(([\d.]+)pt too (?:wide|high)\).*$", log, flags=re.MULTILINE)
+    return [found.group() for found in sticking_out if float(found[1]) > 2]
+
+
+def _what_is_wrong(log: str, run: subprocess.CompletedProcess) -> str:
+    if error := re.search(r"^! .*(?:\n(?!l\.\d).*){0,6}(?:\nl\.\d+.*)?", log, flags=re.MULTILINE):
+        lines = [line.strip() for line in error.group().splitlines() if line.strip()]
+        return "LaTeX stopped: " + " ".join(line for line in lines if line.startswith(("!", "l.")))
+    undefined = re.findall(r"(?:Reference|Citation) [`'](.+?)'.* undefined", log)
+    if undefined:
+        return "undefined references: " + ", ".join(dict.fromkeys(undefined))
+    return "latexmk failed: " + " ".join((run.stdout + run.stderr).split())[-300:] if run.returncode else ""

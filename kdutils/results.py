@@ -1,0 +1,189 @@
+"""What trained models scored: tidy rows for `results.csv`, the numbers behind the tables, the notes on data and weights."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from kdutils import metrics
+from kdutils.data import Dataset
+from kdutils.models import normalise
+from kdutils.runs import artefact, fingerprint, record
+from kdutils.settings import Settings, UserError, shown_path
+from kdutils.students import StudentRun
+from kdutils.teachers import Teacher, TeacherRun
+
+PARTS = ("train", "val", "test")
+Scores = dict[tuple[str, str], float]
+
+
+def scores(run: StudentRun | TeacherRun, dataset: Dataset) -> Scores:
+    """Every measure of one trained model, by (part of the data, metric); accuracies are fractions."""
+    found: Scores = {}
+    for part in PARTS:
+        logits, labels = run.logits[part], getattr(dataset, part).labels
+        found |= {(part, metric): value for metric, value in metrics.evaluate(logits, labels).items()}
+        found[part, "entropy"] = metrics.predictive_entropy(logits)
+    macro = metrics.macro_scores(run.logits["test"], dataset.test.labels)
+    return found | {("test", f"macro_{metric}"): value for metric, value in macro.items()}
+
+
+def student_rows(
+    task: int, runs: Sequence[StudentRun], dataset: Dataset, settings: Settings, teachers: Sequence[Teacher] = ()
+) -> list[dict]:
+    """Tidy rows of one arm, all seeds; with its agreement with each of the teachers on test images."""
+    rows = []
+    for run in runs:
+        found = scores(run, dataset)
+        for teacher in teachers:
+            agreement = metrics.agreement(run.logits["test"], teacher.run_for(run.seed).logits["test"])
+            found["test", f"agreement_{teacher.arch}"] = agreement
+        rows += _rows(task, run.arm, run.teachers, settings.epochs, run.seed, found, settings)
+    return rows
+
+
+def teacher_rows(task: int, teacher: Teacher, dataset: Dataset, settings: Settings) -> list[dict]:
+    """Tidy rows of one fine-tuned ResNet, all teacher seeds; the arm is what was trained of it."""
+    epochs = settings.of_teacher(teacher.arch, "epochs")
+    return [
+        row
+        for run in teacher.runs
+        for row in _rows(task, teacher.trainable, (teacher.arch,), epochs, run.seed, scores(run, dataset), settings)
+    ]
+
+
+def _rows(task, arm, teachers, epochs, seed, found: Scores, settings: Settings) -> list[dict]:
+    fixed = {
+        "task": str(task), "arm": arm, "teachers": "+".join(teachers), "labels": settings.train_size,
+        "epochs": epochs, "seed": seed,
+    }  # fmt: skip
+    return [
+        {**fixed, "split": part, "metric": metric, "value": f"{value:.6f}"}
+        for (part, metric), value in sorted(found.items())
+    ]
+
+
+def column(runs: Sequence[StudentRun | TeacherRun], dataset: Dataset, part: str, metric: str) -> list[float]:
+    """One measure of every run, in the order of the seeds."""
+    return [scores(run, dataset)[part, metric] for run in runs]
+
+
+def spread(values: Sequence[float], percent: bool = False) -> str:
+    """Mean and standard deviation as text; of fractions in per cent if asked."""
+    factor, decimals = (100, 2) if percent else (1, 3)
+    mean, deviation = metrics.mean_sd([factor * value for value in values])
+    return f"{mean:.{decimals}f}" + (f" ± {deviation:.{decimals}f}" if len(values) > 1 else "")
+
+
+def comparison(
+    entries: Iterable[tuple[str, Sequence[StudentRun | TeacherRun]]],
+    dataset: Dataset,
+    baseline: Sequence[StudentRun] | None = None,
+) -> pd.DataFrame:
+    """One line a model: accuracies in per cent (mean ± sd over seeds), test NLL and ECE; with a baseline, also the
+    paired difference of test accuracy to it, in points, with its 95 % confidence interval."""
+    lines = []
+    for label, runs in entries:
+        line = {
+            "Model": label,
+            "Train (%)": spread(column(runs, dataset, "train", "accuracy"), percent=True),
+            "Validation (%)": spread(column(runs, dataset, "val", "accuracy"), percent=True),
+            "Test (%)": spread(column(runs, dataset, "test", "accuracy"), percent=True),
+            "Test NLL": spread(column(runs, dataset, "test", "nll")),
+            "Test ECE": spread(column(runs, dataset, "test", "ece")),
+            "Seeds": len(runs),
+        }
+        if baseline is not None:
+            line["Difference"] = "–" if runs is baseline else difference_text(runs, baseline, dataset)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def difference_text(runs: Sequence[StudentRun], baseline: Sequence[StudentRun], dataset: Dataset) -> str:
+    """Paired difference of test accuracies in points, with its 95 % confidence interval."""
+    pairs = [[100 * value for value in column(r, dataset, "test", "accuracy")] for r in (runs, baseline)]
+    found = metrics.paired_difference(*pairs)
+    interval = f" [{found.low:+.2f}, {found.high:+.2f}]" if found.n > 1 else " (one seed)"
+    return f"{found.mean:+.2f}{interval}".replace("-", "−")
+
+
+def note(dataset: Dataset, *teachers: Teacher) -> str:
+    """What every caption must say about data and weights that are not what the assignment names; else empty."""
+    parts = []
+    if dataset.is_generated:
+        parts.append("Generated images: a demonstration.")
+    elif not dataset.facts["is_cifar10"]:
+        parts.append(f"Images: {dataset.name}.")
+    standins = {teacher.description: None for teacher in teachers if teacher.is_standin}
+    if standins:
+        parts.append(f"Stand-in weights: {'; '.join(standins)}.")
+    return " ".join(parts)
+
+
+def model_costs(
+    entries: dict[str, tuple[nn.Module, int]], dataset: Dataset, settings: Settings, repeats: int = 10
+) -> pd.DataFrame:
+    """Parameters, size (MB in float32), multiply-adds and latency (ms per image, one image at a time and in batches
+    of 100) of networks that take normalised 32x32 images. Latencies are measured once and kept with the run."""
+    lines = []
+    for label, model in entries.items():
+        model = model.to(settings.device).eval()
+        key = {"what": "latency", "model": label, "layers": str(model), "device": settings.device}
+        make = partial(_measure_latency, model, dataset, repeats)
+        measured = artefact(settings.run_folder / "costs", f"latency-{fingerprint(key)[:6]}", key, make).facts
+        parameters = metrics.parameter_count(model)
+        lines.append({
+            "Model": label, "Parameters": parameters, "Size (MB)": parameters * 4 / 1e6,
+            "Multiply-adds (M)": metrics.multiply_adds(model, (3, 32, 32)) / 1e6,
+            "Latency, 1 image (ms)": measured["one"] * 1e3, "Latency, of 100 (ms)": measured["many"] * 1e3,
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def _measure_latency(model: nn.Module, dataset: Dataset, repeats: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    images = normalise(dataset.test.images[:100])
+    return {"none": torch.zeros(1)}, {
+        "one": metrics.latency(model, images[:1], repeats),
+        "many": metrics.latency(model, images, repeats),
+    }
+
+
+def finish(
+    settings: Settings,
+    notebook: str,
+    rows: Sequence[dict],
+    dataset: Dataset,
+    teachers: Sequence[Teacher] = (),
+    students: Sequence[Sequence[StudentRun]] = (),
+) -> Path:
+    """Record a notebook's rows, the facts on data and weights, and the times; returns the path of results.csv."""
+    facts: dict[str, Any] = {"data": dataset.facts}
+    if teachers:
+        facts["weights"] = {teacher.arch: teacher.facts for teacher in teachers}
+    timings = [(f"{t.arch}: features of every view", t.feature_seconds) for t in teachers if t.feature_seconds]
+    timings += [(f"{t.arch}: fine-tuning, seed {run.seed}", run.seconds) for t in teachers for run in t.runs]
+    timings += [
+        (f"student, {' '.join((run.arm, *run.teachers))}, seed {run.seed}", run.seconds) for arm in students for run in arm
+    ]
+    return record(settings, notebook, rows, facts, timings)
+
+
+def read_results(folder: Path) -> pd.DataFrame:
+    """The tidy rows of a run, or of the committed report. Raises `UserError` if there are none."""
+    path = folder / "results.csv"
+    if not path.is_file():
+        raise UserError(f"results: there is no {shown_path(path)}; run the notebooks first (python -m kdutils run)")
+    return pd.read_csv(path, keep_default_na=False, dtype={"task": str})
+
+
+def accuracy_frame(arms: dict[str, Sequence[StudentRun | TeacherRun]], dataset: Dataset) -> pd.DataFrame:
+    """Test accuracy (a fraction) of every run: columns arm, label (the dictionary's key), seed, accuracy."""
+    return pd.DataFrame([
+        {"arm": label, "label": label, "seed": run.seed, "accuracy": accuracy}
+        for label, runs in arms.items()
+        for run, accuracy in zip(runs, column(runs, dataset, "test", "accuracy"), strict=True)
+    ])  # fmt: skip

@@ -1,0 +1,201 @@
+"""Artefacts of a run: made once, written atomically, loaded again only while what they depend on is unchanged."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kdutils.settings import ROOT, Settings, UserError, default_of, read_profile, shown_path
+
+FORMAT = 1  # raise it when an artefact's content changes its meaning: older ones are then made again
+RESULT_COLUMNS = ("task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
+
+
+class Artefact(NamedTuple):
+    """What a computation left: tensors by name, plain facts, the fingerprint of what it depends on, its seconds."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    fingerprint: str
+    seconds: float
+
+
+def fingerprint(key: Mapping[str, Any]) -> str:
+    """A checksum of everything an artefact depends on."""
+    return hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and contents."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def artefact_path(folder: Path, name: str, key: Mapping[str, Any]) -> Path:
+    """Where the artefact of that name and key lies: other settings give another file, and both are kept."""
+    return folder / f"{name}-{fingerprint(key)}.safetensors"
+
+
+def artefact(
+    folder: Path,
+    name: str,
+    key: Mapping[str, Any],
+    make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
+) -> Artefact:
+    """Load the artefact `name` if it was made under the same `key` and is undamaged; else make and write it.
+
+    `make` returns tensors and plain (JSON) facts. A damaged file is made again, with a line that says so.
+    """
+    path = artefact_path(folder, name, key)
+    if path.exists():
+        loaded = _load(path)
+        if isinstance(loaded, Artefact):
+            return loaded
+        print(f"{shown_path(path)}: {loaded}; made again")
+    start = time.perf_counter()
+    tensors, facts = make()
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    made = Artefact(tensors, facts, fingerprint(key), time.perf_counter() - start)
+    header = {
+        "fingerprint": made.fingerprint,
+        "checksum": tensor_checksum(tensors),
+        "key": json.dumps(key, sort_keys=True),
+        "facts": json.dumps(facts),
+        "seconds": repr(made.seconds),
+    }
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    return made
+
+
+def _load(path: Path) -> Artefact | str:
+    """The artefact in a file, or the reason why it cannot be trusted."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        return f"cannot be read ({error})"
+    if header.get("fingerprint") != path.stem.rsplit("-", 1)[-1]:
+        return "was made under other settings"
+    if header.get("checksum") != tensor_checksum(tensors):
+        return "is damaged (its checksum does not fit)"
+    return Artefact(tensors, json.loads(header["facts"]), header["fingerprint"], float(header["seconds"]))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(
+            f"runs_dir: cannot write to {shown_path(path.parent)} ({error.strerror}); free space, or choose another"
+        ) from error
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def record(
+    settings: Settings,
+    notebook: str,
+    rows: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    timings: Iterable[tuple[str, float]],
+) -> Path:
+    """Write what a notebook found, and make `results.csv`, `provenance.json` and `timings.csv` anew.
+
+    They hold what all notebooks found under the present settings; rows of other settings are left out.
+    Returns the path of `results.csv`.
+    """
+    folder = settings.run_folder
+    mine = {"settings": settings.digest(), "rows": list(rows), "facts": dict(facts), "timings": list(timings)}
+    write_text(folder / "found" / f"{notebook}.json", json.dumps(mine, indent=1))
+    found = []
+    for path in sorted((folder / "found").glob("*.json")):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        if entry["settings"] == settings.digest():
+            found.append(entry)
+        else:
+            print(f"results.csv: leaves out {path.stem}, which last ran with other settings")
+    all_rows = [row for entry in found for row in entry["rows"]]
+    write_text(folder / "results.csv", _as_csv(RESULT_COLUMNS, [[row[c] for c in RESULT_COLUMNS] for row in all_rows]))
+    all_timings = {stage: seconds for entry in found for stage, seconds in entry["timings"]}
+    write_text(
+        folder / "timings.csv", _as_csv(("stage", "seconds"), [(s, f"{t:.3f}") for s, t in all_timings.items()])
+    )
+    merged: dict[str, Any] = provenance(settings)
+    for entry in found:
+        merged |= entry["facts"]
+    write_text(folder / "provenance.json", json.dumps(merged, indent=1) + "\n")
+    return folder / "results.csv"
+
+
+def _as_csv(columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def provenance(settings: Settings) -> dict[str, Any]:
+    """What a run's numbers depend on besides data and weights: settings, versions, device, commit, command."""
+    packages = ("torch", "torchvision", "numpy", "pandas", "papermill", "nbconvert")
+    return {
+        "settings": settings.identity(),
+        "device": settings.device,
+        "precision": settings.precision,
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in packages},
+        "commit": _commit(),
+        "command": rerun_command(settings),
+    }
+
+
+def rerun_command(settings: Settings) -> str:
+    """The command that runs the same again, with paths relative to the project's folder."""
+    profile = read_profile(settings.profile)
+    words = ["python", "-m", "kdutils", "run", "--profile", settings.profile]
+    for name, value in settings.identity().items():
+        if name in profile and value != profile[name] or name not in profile and value != default_of(name):
+            words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
+    return shlex.join(words)
+
+
+def _commit() -> str:
+    """The commit of the project's checkout, `-dirty` when code differs from it; 'unknown' outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,46 @@
+"""The finite set of augmented views of an image: flips x shifts. (index, view) names one network input exactly."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ViewedImages(NamedTuple):
+    """Images ready to be looked at: reflect-padded pixels [N, H+2m, W+2m, 3] uint8, the views' table [V, 3]."""
+
+    padded: Tensor
+    table: Tensor
+
+
+def view_table(max_shift: int, shift_step: int) -> Tensor:
+    """All views as int64 [V, 3]: (shift down, shift right, flipped 0/1), mildest first; V = 2 (2m/s + 1)^2.
+
+    Row 0 is the image itself, row 1 its mirror image.
+    """
+    shifts = range(-max_shift, max_shift + 1, shift_step)
+    rows = [(down, right, flip) for down in shifts for right in shifts for flip in (0, 1)]
+    rows.sort(key=lambda row: (row[0] ** 2 + row[1] ** 2, row))
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def make_views(images: Tensor, max_shift: int, shift_step: int) -> ViewedImages:
+    """Prepare images uint8 [N, 3, H, W] for `view_pixels`; stays on their device."""
+    # reflection is not implemented for uint8; float16 holds 0..255 exactly
+    padded = F.pad(images.half(), (max_shift,) * 4, mode="reflect") if max_shift else images
+    pixels_last = padded.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return ViewedImages(pixels_last, view_table(max_shift, shift_step).to(images.device))
+
+
+def view_pixels(viewed: ViewedImages, index: Tensor, view: Tensor) -> Tensor:
+    """The pixels uint8 [B, 3, H, W] of views `view` [B] of the images `index` [B] (laid out channels-last)."""
+    padded, table = viewed
+    margin = int(table[:, 0].max())
+    size = padded.shape[1] - 2 * margin
+    down, right, flip = table[view].unbind(dim=1)
+    along = torch.arange(size, device=padded.device)
+    rows = margin + down[:, None] + along
+    columns = margin + right[:, None] + torch.where(flip[:, None] == 1, size - 1 - along, along)
+    pixels = padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return pixels.permute(0, 3, 1, 2)

@@ -1,0 +1,196 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from kdutils import metrics
+from kdutils.metrics import Difference
+
+
+def logits_of(probabilities):
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+@pytest.fixture
+def four():
+    """Four images, three classes; predictions 0, 0, 1, 0 for the classes 0, 1, 1, 2; class 2 never predicted."""
+    logits = logits_of([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.6, 0.1, 0.3]])
+    return logits, torch.tensor([0, 1, 1, 2])
+
+
+def test_accuracy_and_nll(four):
+    assert metrics.accuracy(*four) == 0.5
+    expected = -sum(math.log(p) for p in (0.7, 0.3, 0.8, 0.3)) / 4
+    assert metrics.nll(*four) == pytest.approx(expected, abs=1e-12)
+
+
+def test_half_precision_logits_are_taken_up():
+    logits, labels = torch.tensor([[2.0, 1.0]]).half(), torch.tensor([0])
+    assert metrics.nll(logits, labels) == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-12)
+
+
+def test_ece_by_hand(four):
+    # Confidences 0.7, 0.5, 0.8, 0.6; right, wrong, right, wrong. With ten bins each has its own.
+    assert metrics.ece(*four, bins=10) == pytest.approx((0.3 + 0.5 + 0.2 + 0.6) / 4)
+    # With one bin only the means count: |0.5 - 0.65|.
+    assert metrics.ece(*four, bins=1) == pytest.approx(0.15)
+
+
+def test_ece_of_a_calibrated_and_of_a_certain_model():
+    labels = torch.tensor([0, 0, 0, 1])
+    assert metrics.ece(logits_of([[0.75, 0.25]] * 4), labels) == pytest.approx(0, abs=1e-12)
+    assert metrics.ece(torch.tensor([[1000.0, 0.0]] * 4), labels) == pytest.approx(0.25)
+
+
+def test_evaluate_holds_the_three(four):
+    assert metrics.evaluate(*four) == {
+        "accuracy": metrics.accuracy(*four), "nll": metrics.nll(*four), "ece": metrics.ece(*four)}
+
+
+def test_predictive_entropy():
+    assert metrics.predictive_entropy(torch.zeros(3, 10)) == pytest.approx(math.log(10))
+    assert metrics.predictive_entropy(torch.tensor([[1000.0, 0.0]])) == 0
+    half = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1)) / 2
+    assert metrics.predictive_entropy(logits_of([[0.9, 0.1], [1.0, 0.0]])) == pytest.approx(half)
+
+
+def test_agreement(four):
+    logits, _ = four
+    assert metrics.agreement(logits, 5 * logits) == 1
+    assert metrics.agreement(logits, logits[:, [1, 0, 2]]) == 0
+    assert metrics.agreement(logits, torch.tensor([[1.0, 0, 0]] * 4)) == 0.75
+
+
+def test_confusion_matrix_has_true_classes_in_rows(four):
+    matrix = metrics.confusion_matrix(*four)
+    assert matrix.tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 0]]
+    assert matrix.dtype == torch.int64
+
+
+def test_per_class_and_macro_scores(four):
+    table = metrics.per_class_scores(*four, ["cat", "dog", "eel"])
+    assert table.columns.tolist() == ["class", "precision", "recall", "f1", "support"]
+    assert table["class"].tolist() == ["cat", "dog", "eel"]
+    assert table["precision"].tolist() == pytest.approx([1 / 3, 1, 0])
+    assert table["recall"].tolist() == pytest.approx([1, 1 / 2, 0])
+    assert table["f1"].tolist() == pytest.approx([1 / 2, 2 / 3, 0])
+    assert table["support"].tolist() == [1, 2, 1]
+    assert metrics.macro_scores(*four) == pytest.approx({"precision": 4 / 9, "recall": 1 / 2, "f1": 7 / 18})
+
+
+def test_scores_of_a_class_that_is_not_there():
+    table = metrics.per_class_scores(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([0]), "abc")
+    assert table["f1"].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("logits, labels", [
+    (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), (torch.zeros(3), torch.tensor([0, 1, 2])),
+    (torch.zeros(2, 3), torch.tensor([0])), (torch.zeros(2, 3), torch.tensor([0, 3])),
+    (torch.zeros(2, 3), torch.tensor([-1, 0])),
+])
+def test_shapes_that_do_not_fit(logits, labels):
+    for function in (metrics.accuracy, metrics.nll, metrics.ece, metrics.confusion_matrix):
+        with pytest.raises(ValueError):
+            function(logits, labels)
+
+
+@pytest.mark.parametrize("probability, df, expected", [
+    (0.975, 1, 12.7062047), (0.975, 2, 4.3026527), (0.975, 3, 3.1824463), (0.975, 4, 2.7764451),
+    (0.975, 9, 2.2621572), (0.975, 30, 2.0422725), (0.95, 5, 2.0150484), (0.995, 4, 4.6040949),
+    (0.975, 1000, 1.9623391), (0.5, 3, 0.0),
+])
+def test_t_quantile_against_tables(probability, df, expected):
+    assert metrics.t_quantile(probability, df) == pytest.approx(expected, abs=1e-6)
+
+
+def test_paired_difference_by_hand():
+    result = metrics.paired_difference([0.70, 0.72, 0.74], [0.68, 0.71, 0.71])
+    # Differences 0.02, 0.01, 0.03: mean 0.02, sd 0.01; t(0.975, 2) = 4.3026527.
+    half = 4.3026527 * 0.01 / math.sqrt(3)
+    assert result == pytest.approx(Difference(0.02, 0.02 - half, 0.02 + half, 3), abs=1e-8)
+    narrower = metrics.paired_difference([0.70, 0.72, 0.74], [0.68, 0.71, 0.71], confidence=0.5)
+    assert result.low < narrower.low < narrower.high < result.high
+
+
+def test_what_a_seed_does_to_both_arms_cancels():
+    a, b = [0.1, 0.5, 0.9, 0.3], [0.09, 0.48, 0.89, 0.28]
+    assert metrics.verdict(metrics.paired_difference(a, b)) == "higher"
+    assert metrics.verdict(metrics.paired_difference(b, a)) == "lower"
+    assert metrics.verdict(metrics.paired_difference(a, sorted(b))) == "not separable"
+
+
+def test_too_few_or_unequal_seeds():
+    single = metrics.paired_difference([0.7], [0.6])
+    assert single.mean == pytest.approx(0.1) and single.n == 1
+    assert math.isnan(single.low) and math.isnan(single.high)
+    assert metrics.verdict(single) == "too few seeds"
+    for a, b in (([], []), ([0.1, 0.2], [0.1])):
+        with pytest.raises(ValueError):
+            metrics.paired_difference(a, b)
+
+
+def test_equal_arms_are_not_separable():
+    assert metrics.verdict(metrics.paired_difference([0.7, 0.6], [0.7, 0.6])) == "not separable"
+
+
+def test_mean_sd():
+    assert metrics.mean_sd([1, 2, 3, 4]) == pytest.approx((2.5, math.sqrt(5 / 3)))
+    mean, sd = metrics.mean_sd([3.0])
+    assert mean == 3 and math.isnan(sd)
+
+
+@pytest.fixture
+def small_cnn():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16, affine=False), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(2048, 128), nn.Dropout(), nn.Linear(128, 10))
+
+
+def test_parameter_count(small_cnn):
+    assert metrics.parameter_count(small_cnn) == 268_650
+    small_cnn[0].requires_grad_(False)
+    assert metrics.parameter_count(small_cnn, trainable_only=True) == 268_650 - 448
+    assert metrics.parameter_count(small_cnn) == 268_650
+
+
+def test_multiply_adds(small_cnn):
+    expected = 32 * 32 * 16 * 27 + 16 * 16 * 32 * 144 + 2048 * 128 + 128 * 10
+    assert metrics.multiply_adds(small_cnn, (3, 32, 32)) == expected
+
+
+def test_multiply_adds_of_strides_groups_and_repeated_calls():
+    conv = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=4)
+    assert metrics.multiply_adds(conv, (8, 16, 16)) == 8 * 8 * 8 * (2 * 9)
+    layer = nn.Linear(5, 5)
+    assert metrics.multiply_adds(nn.Sequential(layer, layer), (5,)) == 50
+
+
+def test_measuring_leaves_the_model_as_it_was(small_cnn):
+    small_cnn.train()
+    small_cnn[1].eval()
+    modes = [module.training for module in small_cnn.modules()]
+    state = {name: value.clone() for name, value in small_cnn.state_dict().items()}
+    metrics.multiply_adds(small_cnn, (3, 32, 32))
+    metrics.latency(small_cnn, torch.zeros(2, 3, 32, 32), repeats=1)
+    assert [module.training for module in small_cnn.modules()] == modes
+    assert all(torch.equal(state[name], value) for name, value in small_cnn.state_dict().items())
+    assert not any(module._forward_hooks for module in small_cnn.modules())
+
+
+def test_latency_is_the_median_per_image_after_a_warm_up(monkeypatch):
+    clock = [0.0]
+    durations = iter([100.0, 100.0, 100.0, 2.0, 4.0, 90.0])    # three to warm up, then three that count
+    modes = []
+
+    class Model(nn.Module):
+        def forward(self, images):
+            clock[0] += next(durations)
+            modes.append((self.training, torch.is_grad_enabled()))
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    assert metrics.latency(Model(), torch.zeros(8, 3, 4, 4), repeats=3) == 0.5
+    assert set(modes) == {(False, False)}
+    with pytest.raises(ValueError):
+        metrics.latency(Model(), torch.zeros(8, 3), repeats=0)

@@ -1,0 +1,145 @@
+import pytest
+import torch
+
+from kdutils import shapes
+from kdutils.shapes import OTHER_SHAPES, SHAPES10, draw
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Images of one figure in one colour on another, without noise, shading or clutter."""
+    monkeypatch.setattr(shapes, "NOISE", (0.0, 0.0))
+    monkeypatch.setattr(shapes, "SHADING", 0.0)
+    monkeypatch.setattr(shapes, "CLUTTER", 0.0)
+
+
+def test_the_two_sets_of_classes_are_ten_and_more_and_share_none():
+    assert len(SHAPES10) == 10 and len(OTHER_SHAPES) >= 10
+    assert len(set(SHAPES10) | set(OTHER_SHAPES)) == len(SHAPES10) + len(OTHER_SHAPES)
+
+
+def test_types_ranges_and_balance():
+    images, labels = draw(SHAPES10, 257, seed=3)
+    assert images.shape == (257, 3, 32, 32) and images.dtype == torch.uint8
+    assert labels.shape == (257,) and labels.dtype == torch.int64
+    counts = torch.bincount(labels, minlength=10)
+    assert len(counts) == 10 and counts.min() >= 25 and counts.max() <= 26
+    assert not torch.equal(labels, labels.sort().values)
+    assert not torch.equal(labels[:10], labels[10:20])
+
+
+@pytest.mark.parametrize("names", [SHAPES10, OTHER_SHAPES])
+def test_an_image_depends_on_seed_and_index_alone(names):
+    images, labels = draw(names, 300, seed=7)
+    fewer_images, fewer_labels = draw(names, 13, seed=7)
+    assert torch.equal(images[:13], fewer_images) and torch.equal(labels[:13], fewer_labels)
+    other, _ = draw(names, 300, seed=8)
+    assert (images != other).flatten(1).any(dim=1).all()
+
+
+def test_number_of_threads_does_not_matter():
+    threads = torch.get_num_threads()
+    drawn = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            drawn.append(draw(SHAPES10, 280, seed=11)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
+
+def test_the_global_random_state_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    draw(SHAPES10, 5, seed=0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_no_two_images_are_alike_within_and_across_blocks_and_seeds():
+    images = torch.cat([draw(SHAPES10, 600, seed)[0] for seed in range(3)]).flatten(1)
+    assert len(images.unique(dim=0)) == 1800
+
+
+@pytest.mark.parametrize("names", [SHAPES10, OTHER_SHAPES])
+def test_every_figure_is_visible(plain, names):
+    images, labels = draw(names, 40 * len(names), seed=1)
+    images = images.float() / 255
+    background = images[:, :, 0, 0, None, None]    # no figure reaches this corner
+    distance = (images - background).norm(dim=1).flatten(1)
+    assert distance.max(dim=1).values.min() >= shapes.MIN_CONTRAST - 0.02
+    covered = (distance > 0.1).float().mean(dim=1)
+    for label, name in enumerate(names):
+        of_class = covered[labels == label]
+        assert 0.03 < of_class.min() and of_class.max() < 0.6, name
+
+
+def test_the_background_never_takes_on_the_figures_colour():
+    generator = torch.Generator().manual_seed(0)
+    corner, opposite = torch.rand(2, 500, 3, generator=generator)
+    middle, shade = (corner + opposite) / 2, (opposite - corner) / 2
+    # No candidate will do: the first ones are the background's own shades.
+    candidates = torch.stack([corner, middle, opposite], dim=1)
+    colours = shapes._visible_colour(candidates, middle, shade)
+    for step in torch.linspace(-1, 1, 21):
+        assert ((colours - middle - step * shade).norm(dim=1) >= shapes.MIN_CONTRAST - 1e-5).all()
+
+
+def test_figures_have_the_areas_geometry_gives_them():
+    ticks = (torch.arange(600) + 0.5) / 200 - 1.5
+    x, y = ticks[None, :].expand(600, 600), ticks[:, None].expand(600, 600)
+
+    def area(name):
+        return (shapes._FIGURES[name](x, y) <= 0).double().mean().item() * 9
+
+    pi = torch.pi
+    assert area("circle") == pytest.approx(pi * 0.85 ** 2, rel=0.01)
+    assert area("triangle") == pytest.approx(3 * 3 ** 0.5 / 4 * 1.15 ** 2, rel=0.01)
+    assert area("square") == pytest.approx(1.5 ** 2, rel=0.02)
+    assert area("ring") == pytest.approx(pi * (0.95 ** 2 - 0.5 ** 2), rel=0.01)
+    assert area("star") == pytest.approx(5 * 1.15 * 0.5 * torch.tensor(pi / 5).sin().item(), rel=0.01)
+    assert area("cross") == pytest.approx(2 * 1.9 * 0.64 - 0.64 ** 2, rel=0.02)
+
+
+def test_no_figure_looks_like_another_one_turned():
+    ticks = torch.linspace(-1.3, 1.3, 64)
+    y, x = torch.meshgrid(ticks, ticks, indexing="ij")
+    angles = torch.linspace(0, 2 * torch.pi, 73)[:-1, None, None]
+    turned_x, turned_y = x * angles.cos() + y * angles.sin(), y * angles.cos() - x * angles.sin()
+    for position, name in enumerate(SHAPES10):
+        figure = shapes._FIGURES[name](x, y) <= 0
+        for other in SHAPES10[position + 1:]:
+            turned = shapes._FIGURES[other](turned_x, turned_y) <= 0
+            overlap = (figure & turned).sum((1, 2)) / (figure | turned).sum((1, 2))
+            assert overlap.max() < 0.92, (name, other)
+
+
+def test_clutter_and_noise_change_the_images(plain, monkeypatch):
+    clean = draw(SHAPES10, 10, seed=2)[0]
+    monkeypatch.setattr(shapes, "CLUTTER", 1.0)
+    cluttered = draw(SHAPES10, 10, seed=2)[0]
+    assert (clean != cluttered).any(dim=1).float().mean((1, 2)).min() > 0.02
+    assert (clean == cluttered).all(dim=1).float().mean((1, 2)).min() > 0.02
+    monkeypatch.setattr(shapes, "NOISE", (0.1, 0.1))
+    noisy = draw(SHAPES10, 10, seed=2)[0]
+    assert (noisy != cluttered).float().mean() > 0.7
+
+
+def test_edges_are_anti_aliased(plain):
+    image = draw(["circle"], 1, seed=0)[0][0]
+    assert len(image.flatten(1).unique(dim=1).T) > 4    # shades between the two colours
+
+
+def test_other_sizes():
+    images, labels = draw(["star", "gear"], 3, seed=0, size=48)
+    assert images.shape == (3, 3, 48, 48) and set(labels.tolist()) == {0, 1}
+    assert draw(SHAPES10, 0, seed=0)[0].shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize("names, count, size, part", [
+    (["circle", "blancmange"], 4, 32, "blancmange"), (["circle", "circle"], 4, 32, "distinct"),
+    ([], 4, 32, "one or more"), (["circle"], -1, 32, "count"), (["circle"], 4, 0, "size"),
+])
+def test_what_cannot_be_drawn_is_said(names, count, size, part):
+    with pytest.raises(ValueError, match=part):
+        draw(names, count, seed=0, size=size)
