@@ -9,10 +9,11 @@ PARAMS =
 
 quote = '$(subst ','\'',$(1))'
 run = .venv/bin/python -m kdutils
-params = $(if $(DATA),-p data $(call quote,$(DATA))) $(if $(DATA_NAME),-p data_name $(call quote,$(DATA_NAME))) \
+params = $(if $(DATA),-p data $(call quote,$(DATA))) \
+	$(if $(DATA_NAME),-p data_name $(call quote,$(DATA_NAME))) \
 	$(if $(WEIGHTS),-p weights $(call quote,$(WEIGHTS))) $(PARAMS)
 
-tex_packages = latexmk texlive-latex-extra texlive-fonts-recommended texlive-science lmodern poppler-utils
+tex_packages = latexmk texlive-latex-extra lmodern poppler-utils
 apt_get = apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o DPkg::Lock::Timeout=60
 # Installs packages where that can be done without asking for a password, fails at once otherwise.
 apt_install = { command -v apt-get && { test "$$(id -u)" = 0 || sudo -n true; }; } >/dev/null 2>&1 && \
@@ -91,8 +92,8 @@ bench: setup
 clean:
 	rm -rf .pytest_cache .hypothesis .ruff_cache build kdutils.egg-info report/build
 	rm -f $(foreach ext,aux bbl blg fdb_latexmk fls lof log lot out synctex.gz toc,report/*.$(ext))
-	find $(wildcard kdutils tests notebooks report) -type d '(' -name __pycache__ -o -name .ipynb_checkpoints ')' \
-		-prune -exec rm -rf {} +
+	find $(wildcard kdutils tests notebooks report) -type d \
+		'(' -name __pycache__ -o -name .ipynb_checkpoints ')' -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf .venv

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdutils import pipeline
-from kdutils.report import REPORT
+from kdutils.report import REPORT, LatexMissing
 from kdutils.settings import Settings, UserError, load_settings, shown_path
 
 EXAMPLES = """examples:
@@ -72,20 +72,23 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _run(options: argparse.Namespace) -> None:
-    settings = pipeline.run(options.profile, _parameters(options))
-    print(pipeline.results_frame(settings.run_folder).to_string(index=False))
+    pipeline.run(options.profile, _parameters(options))
 
 
 def _report(options: argparse.Namespace) -> None:
     out = Path(options.out).resolve() if options.out else None
     if options.pdf_only:
         folder = out or REPORT
-        pdf = pipeline.typeset(folder / "generated", folder / "report.pdf")
-    else:
-        settings = _settings(options)
-        out = out or settings.run_folder
-        pdf = pipeline.make_report(settings, out, out / "report.pdf")
-    print(f"report: {shown_path(pdf)}")
+        print(f"report: {shown_path(pipeline.typeset(folder / 'generated', folder / 'report.pdf'))}")
+        return
+    settings = _settings(options)
+    out = out or settings.run_folder
+    generated = pipeline.export(settings, out)
+    print(pipeline.results_frame(settings.run_folder).to_string(index=False))
+    try:
+        print(f"report: {shown_path(pipeline.typeset(generated, out / 'report.pdf'))}")
+    except LatexMissing as error:  # all but the PDF is there, and the message says how to get it
+        print(f"report: {error}")
 
 
 def _results(options: argparse.Namespace) -> None:

@@ -30,8 +30,8 @@ def ensure_torchvision() -> ModuleType:
         torch = importlib.import_module("torch")
         if torch.version.cuda is not None or torch.version.hip is not None:
             raise ImportError(
-                f"torchvision does not fit torch {torch.__version__} (its operators cannot be loaded); install the "
-                "pair that belongs together, from one source: pip install --force-reinstall torch torchvision"
+                f"torchvision does not fit torch {torch.__version__} (its operators cannot be loaded); "
+                "install the pair that belongs together: pip install --force-reinstall torch torchvision"
             ) from error
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # what the failed import left behind

@@ -1,7 +1,8 @@
 """Pictures for notebooks and report: functions from data to a matplotlib `Figure`, 6.3 inches wide at most.
 
-None is registered with pyplot, so nothing is shown unless it is displayed, and then once. Colours are those of
-Okabe and Ito, told apart by colour-blind readers; markers and line styles tell the same in grey.
+None is registered with pyplot, so nothing is shown unless it is displayed, and then once. Colours are those
+of Okabe and Ito, told apart by colour-blind readers; markers and line styles tell the same in grey.
+Save with the figure's own dpi (matplotlib's default): images in a PDF are sampled at it.
 """
 import functools
 import math
@@ -35,7 +36,8 @@ def _styled(function):
     def draw(*args, **kwargs):
         with matplotlib.rc_context(STYLE):
             figure = function(*args, **kwargs)
-            figure.draw_without_rendering()    # ticks are made when first drawn, with the settings of that time
+            # Ticks are made when a figure is first drawn, with the settings of that moment.
+            figure.draw_without_rendering()
         return figure
     return draw
 
@@ -65,7 +67,7 @@ def image_grid(split, classes, per_class=8, seed=0):
 
 @_styled
 def views_grid(images, columns=9):
-    """The views of an image, uint8 [V, 3, H, W], in reading order, `columns` to a row; each has its number."""
+    """Views uint8 [V, 3, H, W] in reading order, `columns` to a row; with 12 columns or fewer, numbered."""
     columns = min(columns, len(images))
     mosaic, pitch = _mosaic(list(images.cpu().split(columns)), columns)
     figure, axes = _mosaic_axes(mosaic, left=0)
@@ -79,8 +81,8 @@ def views_grid(images, columns=9):
 
 
 def _mosaic(rows, columns):
-    """Rows of images, each uint8 [n, 3, H, W] with n <= columns, as one image [H', W', 3] with white gaps, and
-    the (vertical, horizontal) distance from one image to the next in pixels."""
+    """Rows of images, each uint8 [n, 3, H, W] with n <= columns, as one image [H', W', 3] with white gaps,
+    and the (vertical, horizontal) distance from one image to the next in pixels."""
     height, width = next(row.shape[2:] for row in rows)
     gap = max(1, round(width / 16))
     mosaic = torch.full((len(rows) * (height + gap), columns * (width + gap), 3), 255, dtype=torch.uint8)
@@ -104,8 +106,8 @@ def _mosaic_axes(mosaic, left):
 
 @_styled
 def soft_labels(images, logits, labels, classes, temperatures):
-    """What a teacher says of a few images: a row each, with the image and its class probabilities (%) softened
-    at each temperature, the true class in blue.
+    """What a teacher says of a few images: a row each, with the image and its class probabilities (%)
+    softened at each temperature, the true class in blue.
 
     images uint8 [n, 3, H, W], logits [n, C], labels int64 [n].
     """
@@ -140,8 +142,8 @@ def soft_labels(images, logits, labels, classes, temperatures):
 
 @_styled
 def learning_curves(histories):
-    """Loss and accuracy (%) by epoch: training dashed, validation solid; the mean over seeds in a band from the
-    least to the greatest of them.
+    """Loss and accuracy (%) by epoch: training dashed, validation solid; the mean over seeds in a band from
+    the least to the greatest of them.
 
     histories: {label: histories of its seeds, all of as many epochs}.
     """
@@ -158,8 +160,8 @@ def learning_curves(histories):
                           markevery=(number * every // max(1, len(histories)), every),
                           markerfacecolor=colour if part == "val" else "white")
                 if len(seeds) > 1:
-                    axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18,
-                                      linewidth=0)
+                    axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour,
+                                      alpha=0.18, linewidth=0)
     for axes, name in zip(panels, ("loss (nats)", "accuracy (%)")):
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -197,8 +199,8 @@ def confusion(matrix, classes):
 
 @_styled
 def arm_comparison(frame):
-    """Accuracy (%) of each arm, in the order of the frame: a dot per seed, and the mean with its 95 % interval
-    (Student t over seeds; none for a single seed).
+    """Accuracy (%) of each arm, in the order of the frame: a dot per seed, and the mean with its 95 %
+    interval (Student t over seeds; none for a single seed).
 
     frame: columns arm, label (how the arm is called here), seed, accuracy (a fraction).
     """
@@ -211,10 +213,11 @@ def arm_comparison(frame):
         axes.plot(values, np.full(n, row - 0.2), "o", markersize=4, markerfacecolor="none",
                   markeredgecolor=COLOURS[0], label="one seed")
         if n > 1:
-            axes.plot([low, high], [row + 0.12] * 2, "-", color=COLOURS[1], linewidth=1.6, label="95 % interval")
+            axes.plot([low, high], [row + 0.12] * 2, "-", color=COLOURS[1], linewidth=1.6,
+                      label="95 % interval")
         axes.plot(mean, row + 0.12, "D", markersize=5, color=COLOURS[1], label="mean")
-        axes.annotate(f"{mean:.1f}", (mean, row + 0.12), xytext=(0, -4), textcoords="offset points", ha="center",
-                      va="top", fontsize=7)
+        axes.annotate(f"{mean:.1f}", (mean, row + 0.12), xytext=(0, -4), textcoords="offset points",
+                      ha="center", va="top", fontsize=7)
     labels = frame.drop_duplicates("arm").set_index("arm")["label"]
     axes.set_yticks(range(len(arms)), [labels[arm] for arm in arms])
     axes.set(ylim=(len(arms) - 0.3, -0.6), xlabel="accuracy (%)")
@@ -267,11 +270,12 @@ def _name_points(axes, xs, ys, names):
         right = x <= middle
         axes.annotate(name, (x, y), xytext=(12 if right else -12, height), fontsize=7, va="center",
                       textcoords=("offset points", "axes fraction"), ha="left" if right else "right",
-                      arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "0.5", "shrinkA": 0, "shrinkB": 2})
+                      arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "0.5",
+                                  "shrinkA": 0, "shrinkB": 2})
 
 
 def _apart(heights, least):
-    """Heights [n] in [0, 1], moved as little as need be to lie `least` apart, in their order and within [0, 1]."""
+    """Heights [n] in [0, 1], pushed apart, in their order and within [0, 1], until they lie `least` apart."""
     heights = np.asarray(heights, dtype=float)
     order = np.argsort(heights, kind="stable")
     placed = heights[order]

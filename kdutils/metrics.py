@@ -1,7 +1,7 @@
 """What is measured: pure functions of logits and labels, of the numbers of several seeds, and of a model.
 
-`logits` are float tensors [N, C] of any precision and on any device, `labels` int64 tensors [N] with values in
-[0, C); N >= 1. Everything is computed in float64 on the CPU. Shapes that do not fit raise ValueError.
+`logits` are float tensors [N, C] of any precision and on any device, `labels` int64 tensors [N] with values
+in [0, C); N >= 1. Everything is computed in float64 on the CPU. Shapes that do not fit raise ValueError.
 """
 import contextlib
 import math
@@ -91,8 +91,8 @@ def confusion_matrix(logits, labels):
 def per_class_scores(logits, labels, classes):
     """Table of one row per class: class, precision, recall, f1 (in [0, 1]) and support (its images).
 
-    A score whose denominator is zero is 0: the precision of a class that is never predicted, the recall of one
-    without images, the F1 of one with neither.
+    A score whose denominator is zero is 0: the precision of a class that is never predicted, the recall of
+    one without images, the F1 of one with neither.
     """
     matrix = confusion_matrix(logits, labels)
     if len(classes) != len(matrix):

@@ -2,9 +2,9 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,8 @@ import pandas as pd
 
 from kdutils import report
 from kdutils.data import load_data
-from kdutils.models import load_backbone
+from kdutils.metrics import parameter_count
+from kdutils.models import SmallCNN, load_backbone
 from kdutils.results import read_results
 from kdutils.settings import ARCHITECTURES, ROOT, Settings, UserError, apply_threads, load_settings, shown_path
 
@@ -57,11 +58,14 @@ def _execute(name: str, output: Path, parameters: Mapping[str, Any], settings: S
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    # it warns of every parameter that a notebook does not list; the notebooks refuse those that are no settings
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         with _progress_log(settings.run_folder / "progress.log"):
             papermill.execute_notebook(
                 str(ROOT / "notebooks" / f"{name}.ipynb"), str(output), dict(parameters),
                 kernel_name="python3", cwd=str(ROOT / "notebooks"), progress_bar=False,
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],
             )  # fmt: skip
     except PapermillExecutionError as error:
         reason = error.evalue if error.ename in ("UserError", "TrainingError") else f"{error.ename}: {error.evalue}"
@@ -98,8 +102,8 @@ def _progress_log(path: Path) -> Iterator[None]:
         del os.environ["KDUTILS_PROGRESS"]
 
 
-def make_report(settings: Settings, out: Path, pdf: Path) -> Path:
-    """Export the executed notebooks into `out/generated`, beside their rows and provenance, and typeset `pdf`.
+def export(settings: Settings, out: Path) -> Path:
+    """Export the executed notebooks into `out/generated`, beside their rows and provenance; returns that folder.
 
     Into the project's own report folder, the executed notebooks are copied too and README.md's table is made anew.
     """
@@ -114,8 +118,6 @@ def make_report(settings: Settings, out: Path, pdf: Path) -> Path:
     missing = [shown_path(path) for path in notebooks if not path.is_file()]
     if missing:
         raise UserError(f"report: {', '.join(missing)} not there; run the notebooks first (python -m kdutils run)")
-    if generated.exists():
-        shutil.rmtree(generated)
     report.export_notebooks(notebooks, generated)
     for name in ("results.csv", "provenance.json", "timings.csv"):
         shutil.copyfile(settings.run_folder / name, generated / name)
@@ -124,7 +126,7 @@ def make_report(settings: Settings, out: Path, pdf: Path) -> Path:
         for path in notebooks:
             _copy_notebook(path, out / "notebooks" / path.name)
         report.update_readme(ROOT / "README.md", report.results_table(results), readme_note(provenance))
-    return typeset(generated, pdf)
+    return generated
 
 
 def typeset(generated: Path, pdf: Path) -> Path:
@@ -138,6 +140,31 @@ def typeset(generated: Path, pdf: Path) -> Path:
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+
+
+def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The report's texts that neither a result nor a setting gives: the notices on its first page, among others."""
+    data, weights = provenance["data"], provenance["weights"]
+    about_data = ""
+    if data["is_generated"]:
+        about_data = f"Generated data, demonstration: the images are {data['name']}. These numbers say nothing about photographs."
+    elif not data["is_cifar10"]:
+        about_data = f"The images are not CIFAR-10 itself but: {data['name']}."
+    standins = [f"{report.WORDS[arch]}: {facts['description']}" for arch, facts in weights.items() if facts["is_standin"]]
+    about_weights = f"Stand-in weights in place of ImageNet's. {'; '.join(standins)}." if standins else ""
+    words = {"notice/data": about_data, "notice/weights": about_weights}
+    words["student/parameters"] = f"{parameter_count(SmallCNN()):,}"
+    views = {facts["views_trained"] for facts in weights.values()}
+    words["words/teacher_views"] = " and ".join(f"{count} views" for count in sorted(views))
+    return words | {f"{arch}/weights-words": facts["description"] for arch, facts in weights.items()}
+
+
+def readme_note(provenance: Mapping[str, Any]) -> str:
+    """The lines under the README's table: what the numbers were measured on, and the command that makes them again."""
+    data, words = provenance["data"], report_words(provenance)
+    sizes = f"{data['name']}: {data['train']:,} training, {data['val']:,} validation, {data['test']:,} test images"
+    lines = [f"Mean ± standard deviation over seeds, last epoch. {sizes}.", words["notice/data"], words["notice/weights"]]
+    return " ".join(line for line in lines if line) + f"\n\nMade by `{provenance['command']}`."
 
 
 def _copy_notebook(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""From what notebooks show to a LaTeX report: figures and tables, the exporter, the numbers in the prose, the PDF."""
+"""From what notebooks show to a LaTeX report: figures, tables, the exporter, the prose's numbers, the PDF."""
 
 import base64
 import html
@@ -30,13 +30,20 @@ from kdutils.runs import write_atomically, write_text
 from kdutils.settings import ROOT, UserError, shown_path
 
 REPORT = ROOT / "report"
-TEX_PACKAGES = "latexmk texlive-latex-extra lmodern"
+TEX_COMMAND = "sudo apt-get install latexmk texlive-latex-extra lmodern"
+
+
+class LatexMissing(UserError):
+    """There is no LaTeX here to typeset the report with."""
+
+
 RULE_OF_NAMES = "a name is made of a-z, 0-9 and -, such as curves-scratch"
 
 WORDS = {
     "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "one_cycle": "one-cycle",
     "resnet18": "ResNet-18", "resnet50": "ResNet-50",
-    "last_layer": "the last layer", "last_block": "the last block and the last layer", "all": "the whole network",
+    "last_layer": "the last layer", "last_block": "the last block and the last layer",
+    "all": "the whole network",
 }  # fmt: skip
 ARMS = {
     "scratch": "student from scratch", "kd": "student distilled from one teacher",
@@ -50,30 +57,28 @@ VERDICTS = {  # metrics.verdict -> what an arm does to the accuracy, how it comp
     "higher": ("raises", "higher than"),
     "lower": ("lowers", "lower than"),
     "not separable": ("does not measurably change", "not measurably different from"),
-    "too few seeds": ("was run with too few seeds to tell whether it changes", "of too few seeds to be told from"),
+    "too few seeds": ("was run with too few seeds to tell if it changes", "of too few seeds to be told from"),
 }
 
 _SPECIAL = {character: f"\\{character}" for character in "{}$&%#_"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}",
 }  # fmt: skip
-_PAIRS = r"""α \alpha β \beta γ \gamma δ \delta ε \epsilon ζ \zeta η \eta θ \theta ι \iota κ \kappa λ \lambda μ \mu ν \nu
-ξ \xi π \pi ρ \rho σ \sigma τ \tau υ \upsilon φ \phi χ \chi ψ \psi ω \omega Γ \Gamma Δ \Delta Θ \Theta Λ \Lambda Π \Pi
-Σ \Sigma Φ \Phi Ψ \Psi Ω \Omega ± \pm × \times ÷ \div − - · \cdot → \rightarrow ← \leftarrow ≈ \approx ≤ \leq ≥ \geq
-≠ \neq ∞ \infty √ \surd ∈ \in ∑ \sum ² {}^2 ³ {}^3 µ \mu ° {}^\circ""".split()
-_MATH = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
-_MARKS = {"–": "endash", "—": "emdash", "…": "ellipsis", "‘": "quoteleft", "’": "quoteright", "“": "quotedblleft",
-          "”": "quotedblright", "•": "bullet"}  # fmt: skip
+_GREEK_AND_MATH = r"""
+α \alpha β \beta γ \gamma δ \delta ε \epsilon ζ \zeta η \eta θ \theta ι \iota κ \kappa λ \lambda μ \mu ν \nu
+ξ \xi π \pi ρ \rho σ \sigma τ \tau υ \upsilon φ \phi χ \chi ψ \psi ω \omega Γ \Gamma Δ \Delta Θ \Theta
+Λ \Lambda Π \Pi Σ \Sigma Φ \Phi Ψ \Psi Ω \Omega − - → \rightarrow ← \leftarrow √ \surd ≈ \approx ≤ \leq ≥ \geq
+≠ \neq ∞ \infty ∈ \in
+""".split()
+_MATH = dict(zip(_GREEK_AND_MATH[::2], _GREEK_AND_MATH[1::2], strict=True))
 
 
 def _beyond_ascii(match: re.Match) -> str:
     character = match.group()
     if character in _MATH:
         return rf"\ensuremath{{{_MATH[character]}}}"
-    if character in _MARKS:
-        return rf"\text{_MARKS[character]}{{}}"
-    if "¡" <= character <= "ž" and character not in "ĦħĸĿŀŉŦŧ\u00ad":  # what the T1 fonts have
-        return character
+    if character in "–—…‘’“”•" or ("¡" <= character <= "ž" and character not in "ĦħĸĿŀŉŦŧ\u00ad"):
+        return character  # the T1 and TS1 fonts have these
     plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
     if plain.isalnum() or plain == " " or unicodedata.category(character)[0] in "MC":
         return plain
@@ -84,7 +89,7 @@ def tex(text: Any) -> str:
     """Any text as LaTeX that prints that text; what pdfLaTeX has no glyph for appears as its code point."""
     text = unicodedata.normalize("NFC", " ".join(str(text).split()))
     text = "".join(_SPECIAL.get(character, character) for character in text).replace("--", "-{}-")
-    return re.sub(r"[^\x20-\x7e]", _beyond_ascii, text).replace(r" \ensuremath{\pm} ", r"~\ensuremath{\pm}~")
+    return re.sub(r"[^\x20-\x7e]", _beyond_ascii, text).replace(" ± ", "~±~")
 
 
 # --- in a notebook ---
@@ -104,7 +109,7 @@ def _check_name(name: str) -> None:
 def show_figure(fig: Figure, name: str, caption: str, note: str = "") -> None:
     """Show a figure with its caption, once, and close it; the exporter makes it the float `fig:<name>`.
 
-    The output holds a PNG (with the caption under it) and a vector PDF whose bytes depend on the figure alone.
+    The output holds a PNG, the caption under it, and a vector PDF whose bytes depend on the figure alone.
     `note` is appended to the caption. Raises `UserError` for a name that is not of a-z, 0-9 and -.
     """
     _check_name(name)
@@ -124,8 +129,8 @@ def show_figure(fig: Figure, name: str, caption: str, note: str = "") -> None:
 def show_table(frame: pd.DataFrame, name: str, caption: str, note: str = "") -> None:
     """Show a table with its caption; the exporter makes it the float `tab:<name>` (see `show_figure`).
 
-    Floats are shown with three decimals, whole numbers in groups of three digits, missing values as a dash; an
-    index other than 0, 1, 2, ... becomes the first column.
+    Floats get three decimals, whole numbers groups of three digits, missing values a dash; an index other
+    than 0, 1, 2, ... becomes the first column.
     """
     _check_name(name)
     texts = _as_text(frame)
@@ -170,26 +175,26 @@ def export_notebooks(notebooks: list[Path], out: Path) -> None:
     """Turn executed notebooks into what report.tex reads, with the nbconvert template in `report/template`.
 
     Writes `<stem>.tex` (one definition for each float), `<stem>-code.tex` (the code, for the appendix),
-    `figures/<name>.pdf` and `notebooks.tex` (the list of stems) into `out`, and removes what an earlier export
-    left there. Raises `UserError` for a notebook that failed or was not run to its end, and for a name given twice.
+    `figures/<name>.pdf` and `notebooks.tex` (the list of stems) into `out`; removes what an earlier export
+    left there. Raises `UserError` for a notebook that failed or did not finish, and for a name used twice.
     """
     places: dict[str, str] = {}
     files: dict[Path, bytes] = {}
     for path in map(Path, notebooks):
         nb = nbformat.read(path, as_version=4)
         for number, cell in enumerate(nb.cells, start=1):
-            if cell.cell_type == "code":
-                _check_finished(cell, f"{shown_path(path)}, cell {number}")
-                for shown in _shown_in(cell):
-                    name, place = shown.metadata.kdutils.name, f"{path.name}, cell {number}"
-                    if name in places:
-                        raise UserError(f"name: '{name}' is used in {places[name]} and in {place}; rename one of them")
-                    places[name] = place
-                    if shown.metadata.kdutils.kind == "figure":
-                        pdf = base64.b64decode(shown.data["application/pdf"])
-                        files[out / "figures" / f"{name}.pdf"] = pdf
-        headings = [title for cell in nb.cells if cell.cell_type == "markdown" for title in _headings(cell.source)]
-        resources = {"kdutils": {"stem": path.stem, "title": (headings or [path.stem])[0]}}
+            if cell.cell_type != "code":
+                continue
+            _check_finished(cell, f"{shown_path(path)}, cell {number}")
+            for shown in (output for output in cell.outputs if "kdutils" in output.get("metadata", {})):
+                name, here = shown.metadata.kdutils.name, f"{path.name}, cell {number}"
+                if name in places:
+                    raise UserError(f"name: '{name}' is used in {places[name]} and in {here}; rename one")
+                places[name] = here
+                if shown.metadata.kdutils.kind == "figure":
+                    files[out / "figures" / f"{name}.pdf"] = base64.b64decode(shown.data["application/pdf"])
+        prose = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+        resources = {"kdutils": {"stem": path.stem, "title": (_headings(prose) or [path.stem])[0]}}
         files[out / f"{path.stem}.tex"] = _export(nb, "index.tex.j2", resources).encode()
         files[out / f"{path.stem}-code.tex"] = _export(nb, "code.tex.j2", resources).encode()
     stems = ",".join(Path(path).stem for path in notebooks)
@@ -203,21 +208,17 @@ def export_notebooks(notebooks: list[Path], out: Path) -> None:
 def _check_finished(cell: nbformat.NotebookNode, place: str) -> None:
     for output in cell.outputs:
         if output.output_type == "error":
-            raise UserError(f"notebook: {place} failed ({output.ename}: {output.evalue}); mend it and run it again")
+            error = " ".join(f"{output.ename}: {output.evalue}".split())
+            raise UserError(f"notebook: {place} failed ({error}); mend it and run it again")
     done = cell.execution_count is not None or cell.metadata.get("papermill", {}).get("status") == "completed"
     if cell.source.strip() and not done:
         raise UserError(f"notebook: {place} has not been run; run the notebook to its end first")
 
 
-def _shown_in(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    return [output for output in cell.outputs if "kdutils" in output.get("metadata", {})]
-
-
 def _export(nb: nbformat.NotebookNode, template: str, resources: dict[str, Any]) -> str:
     off = {name: {"enabled": False} for name in ("ExtractOutputPreprocessor", "SVG2PDFPreprocessor")}
-    exporter = LatexExporter(
-        config=Config(off), template_name="template", template_file=template, extra_template_basedirs=[str(REPORT)]
-    )
+    ours = {"template_name": "template", "extra_template_basedirs": [str(REPORT)]}
+    exporter = LatexExporter(config=Config(off), template_file=template, **ours)
     exporter.register_filter("tex", tex)
     exporter.register_filter("glyphs", lambda text: re.sub(r"[^\x00-\x7e]", _beyond_ascii, text))
     exporter.register_filter("headings", _headings)
@@ -226,7 +227,8 @@ def _export(nb: nbformat.NotebookNode, template: str, resources: dict[str, Any])
 
 def _headings(markdown: str) -> list[str]:
     prose = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.MULTILINE | re.DOTALL)
-    return [re.sub(r"[*`$]", "", line) for line in re.findall(r"^#{1,6}\s+(.+?)\s*#*\s*$", prose, flags=re.MULTILINE)]
+    lines = re.findall(r"^#{1,6}\s+(.+?)\s*#*\s*$", prose, flags=re.MULTILINE)
+    return [re.sub(r"[*`$]", "", line) for line in lines]
 
 
 # --- numbers and words ---
@@ -237,38 +239,46 @@ def write_macros(values: Mapping[str, str], out: Path) -> None:
     for key in values:
         if not re.fullmatch(r"[A-Za-z0-9_./+-]+", key):
             raise UserError(f"macro: {key!r} cannot be a key; use letters, digits and _ . / + -")
-    lines = [rf"\expandafter\def\csname kd@val@{key}\endcsname{{{tex(values[key])}}}" for key in sorted(values)]
+    lines = [
+        rf"\expandafter\def\csname kd@val@{key}\endcsname{{{tex(values[key])}}}"
+        for key in sorted(values)
+    ]
     write_text(out / "macros.tex", "\n".join(lines) + "\n")
 
 
 def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
-    """The texts that report.tex's prose is made of, from the tidy rows of results.csv and from the provenance.
+    """What report.tex's prose is made of: key -> text, from the rows of results.csv and the provenance.
 
-    `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}` (also under `teacher/...` for the models of task 2);
-    `diff/<a>/<b>/{points,ci,verdict,compared}` for the test accuracies of every two arms, in points (`ci`, `verdict`
-    and `compared` for students only: these are paired by seed); `best/{words,pm}`; `settings/...` and all else in
-    the provenance by its path; `words/...`: counts with their nouns.
+    - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}`; the models of task 2 also as `teacher/...`
+    - `diff/<a>/<b>/{points,ci,verdict,compared}`: test accuracy of a minus b, in points, of every two arms;
+      students are paired by seed, and only between students are there `ci`, `verdict` and `compared`
+    - `best/{words,pm}`: the student of the highest mean test accuracy
+    - `settings/...` and all else in the provenance, by its path; `words/...`: counts with their nouns
     """
-    values = _flat(provenance)
-    results = results.assign(teachers=results.teachers.fillna(""), task=results.task.astype(str))
-    as_teacher = results[results.task == "2"].assign(arm="teacher")
-    everything = pd.concat([results, as_teacher])
+    results = _normal(results)
+    everything = pd.concat([results, results[results.task == "2"].assign(arm="teacher")])
+    values = _flat(provenance) | _setting_words(provenance.get("settings", {}))
     for keys, rows in everything.groupby(["arm", "teachers", "split", "metric"]):
         per_cent = "accuracy" in keys[-1] or keys[-1].startswith("agreement")
         values |= {f"{'/'.join(keys)}/{name}": text for name, text in _spread(rows.value, per_cent).items()}
     accuracy = everything[(everything.split == "test") & (everything.metric == "accuracy")]
     arms = {
-        "/".join(filter(None, keys)): rows.set_index("seed").value * 100
+        "/".join(filter(None, keys)): rows.set_index("seed").value
         for keys, rows in accuracy.groupby(["arm", "teachers"])
     }
-    students = {"/".join(filter(None, keys)) for keys in results[results.task != "2"][["arm", "teachers"]].values}
+    pairs = accuracy[~accuracy.task.eq("2")][["arm", "teachers"]].drop_duplicates().values
+    students = {"/".join(filter(None, pair)): pair for pair in pairs}
     for a, b in itertools.permutations(arms, 2):
-        paired = a in students and b in students
-        values |= {f"diff/{a}/{b}/{name}": text for name, text in _difference(arms[a], arms[b], paired).items()}
-    if students & arms.keys():
-        best = max(sorted(students & arms.keys()), key=lambda label: arms[label].mean())
-        values |= {"best/words": _arm_words(*best.partition("/")[::2]), "best/pm": _spread(arms[best] / 100, True)["pm"]}
-    return values | _setting_words(provenance.get("settings", {}))
+        found = _difference(100 * arms[a], 100 * arms[b], paired=a in students and b in students)
+        values |= {f"diff/{a}/{b}/{name}": text for name, text in found.items()}
+    if students:
+        best = max(students, key=lambda label: arms[label].mean())
+        values |= {"best/words": _arm_words(*students[best]), "best/pm": _spread(arms[best], True)["pm"]}
+    return values
+
+
+def _normal(results: pd.DataFrame) -> pd.DataFrame:
+    return results.assign(teachers=results.teachers.fillna(""), task=results.task.astype(str))
 
 
 def _spread(column: pd.Series, per_cent: bool) -> dict[str, str]:
@@ -306,8 +316,8 @@ def _count(number: int, noun: str) -> str:
 
 def _flat(tree: Any, path: str = "") -> dict[str, str]:
     if isinstance(tree, Mapping):
-        inner = (_flat(value, f"{path}/{re.sub(r'[^A-Za-z0-9_.+-]', '-', str(key))}") for key, value in tree.items())
-        return {key: text for flat in inner for key, text in flat.items()}
+        names = {key: re.sub(r"[^A-Za-z0-9_.+-]", "-", str(key)) for key in tree}
+        return {k: text for key in tree for k, text in _flat(tree[key], f"{path}/{names[key]}").items()}
     return {path.lstrip("/"): _value(tree, plain=path.endswith("seed"))}
 
 
@@ -357,9 +367,10 @@ def _arm_words(arm: str, teachers: str = "") -> str:
 
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row an arm, in words: mean and standard deviation over its seeds of the test accuracy; NLL; ECE."""
-    test = results[results.split == "test"].assign(teachers=results.teachers.fillna(""), task=results.task.astype(str))
+    test = _normal(results[results.split == "test"])
+    counts = test.groupby(["arm", "teachers"])[["labels", "epochs"]].nunique()
+    varying = [name for name in counts if counts[name].max() > 1]
     rows = []
-    varying = [name for name in ("labels", "epochs") if test.groupby(["arm", "teachers"])[name].nunique().max() > 1]
     for keys, group in test.groupby(["task", "arm", "teachers", *varying], sort=False):
         task, arm, teachers = keys[:3]
         by = {metric: column.value for metric, column in group.groupby("metric")}
@@ -367,11 +378,15 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
         if task == "2":
             model, teachers = f"{_teacher_words(teachers)}, {model}", ""
         accuracy = _spread(by["accuracy"], per_cent=True)
-        rows.append({"Task": task, "Model": model[:1].upper() + model[1:], "Teachers": _teacher_words(teachers) or "–",
-            **dict(zip((name.capitalize() for name in varying), map(_value, keys[3:]), strict=True)),
-            "Test accuracy (%)": accuracy["pm"], "Seeds": accuracy["n"],
-            "NLL": f"{by['nll'].mean():.3f}" if "nll" in by else "–",
-            "ECE": f"{by['ece'].mean():.3f}" if "ece" in by else "–"})  # fmt: skip
+        rows.append({
+            "Task": task,
+            "Model": model[:1].upper() + model[1:],
+            "Teachers": _teacher_words(teachers) or "–",
+            **{name.capitalize(): _value(value) for name, value in zip(varying, keys[3:], strict=True)},
+            "Test accuracy (%)": accuracy["pm"],
+            "Seeds": accuracy["n"],
+            **{name.upper(): _spread(by[name], False)["mean"] for name in ("nll", "ece") if name in by},
+        })  # fmt: skip
     return pd.DataFrame(rows).sort_values("Task", kind="stable", ignore_index=True)
 
 
@@ -383,11 +398,11 @@ def markdown_table(frame: pd.DataFrame) -> str:
 
 
 def update_readme(path: Path, frame: pd.DataFrame, notes: str = "") -> None:
-    """Put the table, and `notes` under it, between the file's two marks `<!-- results:begin -->`, `... end -->`."""
+    """Put the table, and `notes` under it, between `<!-- results:begin -->` and `<!-- results:end -->`."""
     begin, end = "<!-- results:begin -->", "<!-- results:end -->"
     text = path.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise UserError(f"README: {shown_path(path)} must hold one line {begin} and, after it, one line {end}")
+        raise UserError(f"README: {shown_path(path)} needs one line {begin} and, after it, one line {end}")
     body = "\n\n".join(filter(None, [markdown_table(frame), notes.strip()]))
     write_text(path, f"{text[: text.index(begin)]}{begin}\n{body}\n{text[text.index(end) :]}")
 
@@ -396,29 +411,30 @@ def update_readme(path: Path, frame: pd.DataFrame, notes: str = "") -> None:
 
 
 def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
-    """Typeset `report_dir`'s report.tex with what was exported into `generated`; the same input, the same bytes.
+    """Typeset `report_dir`'s report.tex with what `generated` holds; the same input gives the same bytes.
 
-    Returns the boxes that stick out by more than 2 pt (nothing to worry about; good to know). Raises `UserError` when
-    latexmk is missing, when LaTeX stops (its first error, and where the log is), and for an undefined reference.
+    Returns LaTeX's lines about boxes that stick out by more than 2 pt. Raises `UserError` when latexmk is
+    missing, when LaTeX stops (with its first error and where the log is), and for undefined references.
     """
     if shutil.which("latexmk") is None or shutil.which("pdflatex") is None:
-        raise UserError(f"report: latexmk is missing; type 'sudo apt-get install {TEX_PACKAGES}' and try again")
+        raise LatexMissing(f"no PDF, because latexmk is missing; on Debian or Ubuntu type: {TEX_COMMAND}")
     for needed in ("macros.tex", "notebooks.tex"):
         if not (generated / needed).is_file():
-            raise UserError(f"report: {shown_path(generated)} has no {needed}; run the notebooks first (make report)")
+            raise UserError(f"report: there is no {shown_path(generated / needed)}; run the notebooks first")
     with tempfile.TemporaryDirectory() as folder:
         build = Path(folder)
         for name in ("report.tex", "references.bib"):
             shutil.copy(report_dir / name, build)
         shutil.copytree(generated, build / "generated")
-        command = ["latexmk", "-norc", "-pdf", "-halt-on-error", "-interaction=nonstopmode", "report.tex"]
-        command.insert(-1, "-latexoption=-no-shell-escape")
-        environment = {"SOURCE_DATE_EPOCH": "0", "FORCE_SOURCE_DATE": "1"} | os.environ | {"max_print_line": "1000"}
+        options = "-norc -pdf -halt-on-error -interaction=nonstopmode -latexoption=-no-shell-escape".split()
+        fixed = {"FORCE_SOURCE_DATE": "1", "max_print_line": "1000"}
+        environment = {"SOURCE_DATE_EPOCH": "0"} | dict(os.environ) | fixed
         run = subprocess.run(
-            command, cwd=build, env=environment, capture_output=True, encoding="utf-8", errors="replace"
-        )
+            ["latexmk", *options, "report.tex"], cwd=build, env=environment,
+            capture_output=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
         log_file = build / "report.log"
-        log = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else run.stdout + run.stderr
+        log = log_file.read_text("utf-8", "replace") if log_file.is_file() else run.stdout + run.stderr
         wrong = _what_is_wrong(log, run)
         kept = pdf.with_suffix(".log")
         if wrong:

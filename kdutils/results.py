@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from kdutils import metrics
 from kdutils.data import Dataset
 from kdutils.models import normalise
-from kdutils.runs import artefact, fingerprint, record
+from kdutils.runs import artefact, record
 from kdutils.settings import Settings, UserError, shown_path
 from kdutils.students import StudentRun
 from kdutils.teachers import Teacher, TeacherRun
@@ -84,7 +83,7 @@ def comparison(
     dataset: Dataset,
     baseline: Sequence[StudentRun] | None = None,
 ) -> pd.DataFrame:
-    """One line a model: accuracies in per cent (mean ± sd over seeds), test NLL and ECE; with a baseline, also the
+    """One line a model: accuracies in per cent (mean ± sd over seeds), mean test NLL and ECE; with a baseline, also the
     paired difference of test accuracy to it, in points, with its 95 % confidence interval."""
     lines = []
     for label, runs in entries:
@@ -93,8 +92,8 @@ def comparison(
             "Train (%)": spread(column(runs, dataset, "train", "accuracy"), percent=True),
             "Validation (%)": spread(column(runs, dataset, "val", "accuracy"), percent=True),
             "Test (%)": spread(column(runs, dataset, "test", "accuracy"), percent=True),
-            "Test NLL": spread(column(runs, dataset, "test", "nll")),
-            "Test ECE": spread(column(runs, dataset, "test", "ece")),
+            "NLL": f"{metrics.mean_sd(column(runs, dataset, 'test', 'nll'))[0]:.3f}",
+            "ECE": f"{metrics.mean_sd(column(runs, dataset, 'test', 'ece'))[0]:.3f}",
             "Seeds": len(runs),
         }
         if baseline is not None:
@@ -125,30 +124,32 @@ def note(dataset: Dataset, *teachers: Teacher) -> str:
 
 
 def model_costs(
-    entries: dict[str, tuple[nn.Module, int]], dataset: Dataset, settings: Settings, repeats: int = 10
+    entries: dict[str, nn.Module], dataset: Dataset, settings: Settings, repeats: int = 10
 ) -> pd.DataFrame:
-    """Parameters, size (MB in float32), multiply-adds and latency (ms per image, one image at a time and in batches
-    of 100) of networks that take normalised 32x32 images. Latencies are measured once and kept with the run."""
+    """What networks that take normalised 32x32 images cost, a row each: label, parameters, megabytes (float32, 10^6
+    bytes), multiply_adds, latency (seconds an image, one at a time) and latency_batched (in batches of 100).
+
+    Latencies are measured once, and kept with the run.
+    """
     lines = []
     for label, model in entries.items():
         model = model.to(settings.device).eval()
-        key = {"what": "latency", "model": label, "layers": str(model), "device": settings.device}
+        key = {"what": "latency", "layers": str(model), "device": settings.device}
         make = partial(_measure_latency, model, dataset, repeats)
-        measured = artefact(settings.run_folder / "costs", f"latency-{fingerprint(key)[:6]}", key, make).facts
+        measured = artefact(settings.run_folder / "costs", f"latency-{label.replace(' ', '_')}", key, make).facts
         parameters = metrics.parameter_count(model)
         lines.append({
-            "Model": label, "Parameters": parameters, "Size (MB)": parameters * 4 / 1e6,
-            "Multiply-adds (M)": metrics.multiply_adds(model, (3, 32, 32)) / 1e6,
-            "Latency, 1 image (ms)": measured["one"] * 1e3, "Latency, of 100 (ms)": measured["many"] * 1e3,
+            "label": label, "parameters": parameters, "megabytes": parameters * 4 / 1e6,
+            "multiply_adds": metrics.multiply_adds(model, (3, 32, 32)), **measured,
         })  # fmt: skip
     return pd.DataFrame(lines)
 
 
 def _measure_latency(model: nn.Module, dataset: Dataset, repeats: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     images = normalise(dataset.test.images[:100])
-    return {"none": torch.zeros(1)}, {
-        "one": metrics.latency(model, images[:1], repeats),
-        "many": metrics.latency(model, images, repeats),
+    return {}, {
+        "latency": metrics.latency(model, images[:1], repeats),
+        "latency_batched": metrics.latency(model, images, repeats),
     }
 
 

@@ -236,6 +236,8 @@ def load_settings(profile: str, **overrides: Any) -> Settings:
     check_names(overrides)
     values = from_profile | {name: value for name, value in overrides.items() if value is not None}
     values["profile"] = profile
+    if values.get("data") != from_profile.get("data") and overrides.get("data_name") is None:
+        values["data_name"] = None  # the profile's name is that of the profile's data
     for name, field in _FIELDS.items():
         if name not in values:
             if field.default is dataclasses.MISSING:

@@ -14,7 +14,7 @@ def logits_of(probabilities):
 
 @pytest.fixture
 def four():
-    """Four images, three classes; predictions 0, 0, 1, 0 for the classes 0, 1, 1, 2; class 2 never predicted."""
+    """Predictions 0, 0, 1, 0 for images of the classes 0, 1, 1, 2; class 2 is never predicted."""
     logits = logits_of([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.6, 0.1, 0.3]])
     return logits, torch.tensor([0, 1, 1, 2])
 

@@ -37,7 +37,8 @@ def imported_packages():
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 found.add(node.module.partition(".")[0])
-    return {canonicalize_name(PACKAGE_OF.get(name, name)) for name in found - sys.stdlib_module_names - {"kdutils"}}
+    found -= sys.stdlib_module_names | {"kdutils"}
+    return {canonicalize_name(PACKAGE_OF.get(name, name)) for name in found}
 
 
 def test_requirements_hold_lower_bounds_only():
@@ -70,14 +71,14 @@ def test_constraints_pin_every_requirement_once(python):
 
 def run_make(*arguments, **options):
     """make, as typed in a fresh shell (not as a child of the make that runs these tests)."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "MFLAGS"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     environment |= options.pop("environment", {})
     return subprocess.run(["make", "--no-print-directory", *arguments], env=environment,
                           capture_output=True, text=True, **options)
 
 
 @make
-@pytest.mark.parametrize("target", ["help", "setup", "demo", "report", "pdf", "test", "bench", "clean", "distclean"])
+@pytest.mark.parametrize("target", "help setup demo report pdf test bench clean distclean".split())
 def test_targets_can_be_made(target):
     result = run_make("-C", str(ROOT), "-n", target)
     assert result.returncode == 0, result.stderr
@@ -89,7 +90,8 @@ def test_help_is_the_default_and_names_real_targets():
     shown = run_make(cwd=ROOT).stdout
     assert shown == run_make("help", cwd=ROOT).stdout
     defined = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {"setup", "demo", "report", "pdf", "test", "clean"} <= set(re.findall(r"\bmake ([a-z]+)", shown)) <= defined
+    named = set(re.findall(r"\bmake ([a-z]+)", shown))
+    assert {"setup", "demo", "report", "pdf", "test", "clean"} <= named <= defined
 
 
 @make
@@ -102,7 +104,7 @@ def test_cleaning_spares_data_weights_and_runs(target):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy whose path holds a space, set up with a stand-in for Python that prints its arguments, one a line."""
+    """A copy whose path holds a space, set up; its Python only prints its arguments, one a line."""
     root = tmp_path / "my copy"
     (root / ".venv" / "bin").mkdir(parents=True)
     for name in ["Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"]:
@@ -117,9 +119,9 @@ def checkout(tmp_path):
     return root
 
 
-def run_in(checkout, *arguments):
+def run_in(checkout, *arguments, environment={}):
     path = f"{checkout.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return run_make("-s", "-C", str(checkout), *arguments, environment={"PATH": path})
+    return run_make("-s", "-C", str(checkout), *arguments, environment={"PATH": path, **environment})
 
 
 @make
@@ -144,10 +146,10 @@ def test_an_unfit_python_is_one_clear_message(checkout, python):
 
 
 def bare_machine(checkout, who):
-    """A PATH with no TeX: `root` and `sudo` have an apt-get whose latexmk then exists, `nobody` must not use it."""
+    """A PATH with no TeX. Its apt-get keeps a log and brings latexmk; `nobody` has no right to call it."""
     folder = checkout.parent / f"bare {who}"
     folder.mkdir()
-    for tool in ["cat", "env", "touch", "chmod"]:
+    for tool in ["cat", "chmod", "env", "touch", "true"]:
         (folder / tool).symlink_to(shutil.which(tool))
     scripts = {
         "id": f"echo {0 if who == 'root' else 1000}",
@@ -161,10 +163,8 @@ def bare_machine(checkout, who):
 
 
 def make_on(machine, checkout, *arguments):
-    make_path = shutil.which("make")
-    environment = {"PATH": str(machine), "HOME": str(machine)}
-    return subprocess.run([make_path, "-s", "--no-print-directory", "-C", str(checkout), *arguments],
-                          env=environment, capture_output=True, text=True)
+    command = [shutil.which("make"), "-s", "--no-print-directory", "-C", str(checkout), *arguments]
+    return subprocess.run(command, env={"PATH": str(machine)}, capture_output=True, text=True)
 
 
 @make
@@ -200,8 +200,8 @@ def test_a_python_without_venv_gets_the_command_to_type(checkout):
 
 @make
 def test_report_hands_every_value_on_whole(checkout):
-    result = run_in(checkout, "report", "PROFILE=mine", "DATA=folder:my data/it's", "DATA_NAME=My ten classes",
-                    "WEIGHTS=my weights", "PARAMS=-p epochs 60 -p seeds \"[0, 1]\"")
+    result = run_in(checkout, "report", "PROFILE=mine", "DATA=folder:my data/it's",
+                    "DATA_NAME=My ten classes", "WEIGHTS=my weights", 'PARAMS=-p epochs 60 -p seeds "[0, 1]"')
     assert result.returncode == 0, result.stderr
     given = ["--profile", "mine", "-p", "data", "folder:my data/it's", "-p", "data_name", "My ten classes",
              "-p", "weights", "my weights", "-p", "epochs", "60", "-p", "seeds", "[0, 1]"]
@@ -211,16 +211,14 @@ def test_report_hands_every_value_on_whole(checkout):
 
 @make
 def test_variables_of_the_surrounding_shell_do_not_leak(checkout):
-    path = f"{checkout.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    shown = run_make("-s", "-C", str(checkout), "report", environment={"PATH": path, "DATA": "x", "PARAMS": "-p y 1"})
-    assert shown.stdout.splitlines()[:5] == ["-m", "kdutils", "run", "--profile", "cifar10"]
-    assert "-p" not in shown.stdout.splitlines()
+    shown = run_in(checkout, "report", environment={"DATA": "x", "PARAMS": "-p y 1"}).stdout.splitlines()
+    assert shown[:5] == ["-m", "kdutils", "run", "--profile", "cifar10"] and "-p" not in shown
 
 
 @make
 def test_clean_leaves_what_is_not_its_own(checkout):
-    kept = ["data/a.log", "weights/b.aux", "runs/demo/__pycache__/c", "report/report.tex", "report/generated/d.tex",
-            ".venv/bin/python", "kdutils/e.py"]
+    kept = ["data/a.log", "weights/b.aux", "runs/demo/__pycache__/c", "report/report.tex",
+            "report/generated/d.tex", ".venv/bin/python", "kdutils/e.py"]
     gone = ["report/report.aux", "report/build/x.pdf", "kdutils/__pycache__/y.pyc", ".pytest_cache/z"]
     for name in kept + gone:
         path = checkout / name

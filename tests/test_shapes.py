@@ -37,16 +37,17 @@ def test_an_image_depends_on_seed_and_index_alone(names):
     assert (images != other).flatten(1).any(dim=1).all()
 
 
-def test_number_of_threads_does_not_matter():
+def test_number_of_threads_neither_matters_nor_changes():
     threads = torch.get_num_threads()
-    drawn = []
     try:
-        for number in (1, 2, 5):
+        drawn = []
+        for number in (1, 2):
             torch.set_num_threads(number)
-            drawn.append(draw(SHAPES10, 280, seed=11)[0])
+            drawn.append(draw(SHAPES10, 20, seed=11)[0])
+            assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+    assert torch.equal(*drawn)
 
 
 def test_the_global_random_state_is_left_alone():
@@ -57,8 +58,8 @@ def test_the_global_random_state_is_left_alone():
 
 
 def test_no_two_images_are_alike_within_and_across_blocks_and_seeds():
-    images = torch.cat([draw(SHAPES10, 600, seed)[0] for seed in range(3)]).flatten(1)
-    assert len(images.unique(dim=0)) == 1800
+    images = torch.cat([draw(SHAPES10, 300, seed)[0] for seed in range(3)])
+    assert len({image.numpy().tobytes() for image in images}) == 900
 
 
 @pytest.mark.parametrize("names", [SHAPES10, OTHER_SHAPES])
@@ -102,14 +103,15 @@ def test_figures_have_the_areas_geometry_gives_them():
 
 
 def test_no_figure_looks_like_another_one_turned():
-    ticks = torch.linspace(-1.3, 1.3, 64)
+    ticks = torch.linspace(-1.3, 1.3, 40)
     y, x = torch.meshgrid(ticks, ticks, indexing="ij")
-    angles = torch.linspace(0, 2 * torch.pi, 73)[:-1, None, None]
+    angles = torch.linspace(0, 2 * torch.pi, 61)[:-1, None, None]
     turned_x, turned_y = x * angles.cos() + y * angles.sin(), y * angles.cos() - x * angles.sin()
+    all_turned = {name: shapes._FIGURES[name](turned_x, turned_y) <= 0 for name in SHAPES10}
     for position, name in enumerate(SHAPES10):
         figure = shapes._FIGURES[name](x, y) <= 0
         for other in SHAPES10[position + 1:]:
-            turned = shapes._FIGURES[other](turned_x, turned_y) <= 0
+            turned = all_turned[other]
             overlap = (figure & turned).sum((1, 2)) / (figure | turned).sum((1, 2))
             assert overlap.max() < 0.92, (name, other)
 

@@ -1,0 +1,228 @@
+"""The way from a notebook's outputs to the PDF: what is shown, what is exported, what the prose says."""
+
+import shutil
+import subprocess
+
+import matplotlib
+import nbformat
+import pandas as pd
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+
+from kdutils import report
+from kdutils.settings import UserError
+
+NASTY = r"50% & $x_1$ #~^\{} <é|±>"
+needs_tex = pytest.mark.skipif(
+    shutil.which("latexmk") is None or shutil.which("pdftotext") is None,
+    reason="latexmk or pdftotext is missing (apt: latexmk texlive-latex-extra lmodern poppler-utils)",
+)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the show_* functions displayed: a list of (bundle, metadata)."""
+    outputs = []
+    monkeypatch.setattr(report, "display", lambda data, raw, metadata: outputs.append((data, metadata)))
+    return outputs
+
+
+def a_figure():
+    fig, axes = plt.subplots(figsize=(3, 2))
+    axes.plot([1, 2, 3])
+    return fig
+
+
+def a_notebook(path, outputs, cells=()):
+    """An executed notebook (format 4.5) with the outputs (bundle, metadata), each in its own cell."""
+    shows = [
+        new_code_cell(
+            f"show(50 % {i}, 'α_é')  # {{x}}",
+            execution_count=i,
+            outputs=[new_output("display_data", data=data, metadata=metadata)],
+        )
+        for i, (data, metadata) in enumerate(outputs, start=1)
+    ]
+    nb = new_notebook(cells=[new_markdown_cell("# A title\n\n## Part 50% of `it`"), *shows, *cells])
+    nb.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
+    nbformat.validate(nb)
+    nbformat.write(nb, path)
+    return path
+
+
+def a_report(folder, body):
+    """A folder with the preamble of the real report.tex around another body."""
+    source = (report.REPORT / "report.tex").read_text(encoding="utf-8")
+    preamble = source[: source.index(r"\begin{document}")]
+    folder.mkdir()
+    text = preamble + r"\begin{document}" + body + r"\end{document}"
+    (folder / "report.tex").write_text(text, encoding="utf-8")
+    shutil.copy(report.REPORT / "references.bib", folder)
+    return folder
+
+
+def some_results(kd=(0.70, 0.71, 0.72), scratch=(0.68, 0.69, 0.695)):
+    teacher = (2, "last_layer", "resnet50", (0.8, 0.81))
+    arms = [(1, "scratch", "", scratch), teacher, (3, "kd", "resnet50", kd)]
+    rows = [
+        (task, arm, teachers, 100, 2, seed, "test", metric, value if metric == "accuracy" else 1 - value)
+        for task, arm, teachers, values in arms
+        for seed, value in enumerate(values)
+        for metric in ("accuracy", "nll", "ece")
+    ]
+    return pd.DataFrame(rows, columns="task arm teachers labels epochs seed split metric value".split())
+
+
+def test_a_figure_is_one_bundle_with_its_caption_and_is_closed(shown):
+    fig = a_figure()
+    report.show_figure(fig, "curves", NASTY, note="Generated data.")
+    assert not plt.fignum_exists(fig.number)
+    [(data, metadata)] = shown
+    caption = f"{NASTY} Generated data."
+    assert metadata == {"kdutils": {"kind": "figure", "name": "curves", "caption": caption}}
+    assert set(data) == {"image/png", "application/pdf", "text/plain"}
+    report.show_figure(a_figure(), "curves", NASTY)
+    assert shown[1][0]["application/pdf"] == data["application/pdf"]
+
+
+def test_a_table_is_html_and_booktabs_with_numbers_to_the_right(shown):
+    row = {"Class_": "cat & dog", "n": 9000, "Accuracy": "68.60 ± 0.21", "NLL": None}
+    frame = pd.DataFrame([row])
+    report.show_table(frame, "scores", NASTY)
+    [(data, metadata)] = shown
+    assert metadata["kdutils"]["kind"] == "table"
+    assert r"\begin{tabular}{lrrr}" in data["text/latex"] and r"\toprule" in data["text/latex"]
+    assert r"cat \& dog & 9,000 & 68.60~±~0.21 & –" in data["text/latex"]
+    assert "cat &amp; dog" in data["text/html"] and "<caption" in data["text/html"]
+
+
+@pytest.mark.parametrize("name", ["", "Curves", "a b", "a_b", "a/b", None])
+def test_a_name_of_other_characters_is_an_error(name, shown):
+    with pytest.raises(UserError, match="a-z, 0-9 and -"):
+        report.show_table(pd.DataFrame({"a": [1]}), name, "caption")
+    assert shown == []
+
+
+def test_a_name_used_twice_is_an_error_that_names_both_places(tmp_path, shown):
+    report.show_figure(a_figure(), "curves", "caption")
+    one, two = (a_notebook(tmp_path / name, shown) for name in ("01_one.ipynb", "02_two.ipynb"))
+    with pytest.raises(UserError, match="'curves' is used in 01_one.ipynb, cell 2 and in 02_two.ipynb"):
+        report.export_notebooks([one, two], tmp_path / "generated")
+    assert not (tmp_path / "generated").exists()
+
+
+@pytest.mark.parametrize("cell, message", [
+    (new_code_cell("later()"), "cell 2 has not been run"),
+    (new_code_cell("1 / 0", execution_count=1, outputs=[
+        new_output("error", ename="ZeroDivisionError", evalue="by 0", traceback=[])]), "DivisionError: by"),
+])  # fmt: skip
+def test_a_notebook_that_did_not_finish_is_an_error(tmp_path, cell, message):
+    with pytest.raises(UserError, match=message):
+        report.export_notebooks([a_notebook(tmp_path / "a.ipynb", [], [cell])], tmp_path / "generated")
+
+
+def test_an_export_removes_what_an_earlier_one_left_but_not_the_macros(tmp_path, shown):
+    out = tmp_path / "generated"
+    report.write_macros({"a": "b"}, out)
+    for name in ("old", "new"):
+        report.show_figure(a_figure(), name, "caption")
+        report.export_notebooks([a_notebook(tmp_path / f"{name}.ipynb", shown[-1:])], out)
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert names == {"macros.tex", "notebooks.tex", "new.tex", "new-code.tex", "figures/new.pdf"}
+
+
+@needs_tex
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_captions_cells_values_and_code_are_typeset_as_they_are(tmp_path, shown):
+    report.show_figure(a_figure(), "curves", NASTY + " αβ ≤ 猫")
+    report.show_table(pd.DataFrame({NASTY: [NASTY], "n": [1.5]}), "scores", NASTY)
+    out = tmp_path / "generated"
+    report.export_notebooks([a_notebook(tmp_path / "01_nasty_name.ipynb", shown)], out)
+    report.write_macros({"some/key_1": "68.60 ± 0.21 −1.00 --seeds '[0]' \"q\""}, out)
+    body = r"\putfloat{curves}\putfloat{scores} \val{some/key_1} \tab{scores} \foreachnotebook{-code}"
+    folder = a_report(tmp_path / "report", body)
+    report.build_pdf(folder, out, tmp_path / "a.pdf")
+    report.build_pdf(folder, out, tmp_path / "b.pdf")
+    assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
+    text = subprocess.check_output(["pdftotext", "-layout", tmp_path / "a.pdf", "-"], encoding="utf-8")
+    assert f"Figure 1: {NASTY} αβ ≤ [U+732B]" in text and f"Table 1: {NASTY}" in text
+    assert "68.60 ± 0.21 −1.00 --seeds" in text and '"q"' in text
+    assert "A title (01_nasty_name)" in text and "Part 50% of it" in text
+    assert "show(50 % 1, " in text and "{x}" in text
+    assert text.count(NASTY) == 4
+
+
+@needs_tex
+@pytest.mark.parametrize("body, message", [
+    (r"\val{kd/none/mean}", "no value is named 'kd/none/mean'"),
+    (r"\putfloat{no-such}", "no figure or table is named 'no-such'"),
+    (r"See \fig{elsewhere}.", "undefined references: fig:elsewhere"),
+    (r"See \citet{nobody2000}. \bibliographystyle{plainnat}\bibliography{references}", "nobody2000"),
+])  # fmt: skip
+def test_what_is_undefined_fails_the_build_and_is_named(tmp_path, body, message):
+    out = tmp_path / "generated"
+    report.export_notebooks([a_notebook(tmp_path / "a.ipynb", [])], out)
+    report.write_macros({"a": "b"}, out)
+    with pytest.raises(UserError, match=message) as error:
+        report.build_pdf(a_report(tmp_path / "report", body), out, tmp_path / "report.pdf")
+    assert "\n" not in str(error.value) and "report.log" in str(error.value)
+    assert (tmp_path / "report.log").exists() and not (tmp_path / "report.pdf").exists()
+
+
+def test_without_latexmk_the_error_gives_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="sudo apt-get install latexmk"):
+        report.build_pdf(report.REPORT, tmp_path, tmp_path / "report.pdf")
+
+
+def test_values_are_in_per_cent_and_words_follow_the_numbers():
+    settings = {"temperature": 4.0, "train_size": 9000, "seeds": [0, 1, 2], "max_shift": 4, "shift_step": 4,
+                "epochs": 1, "weights": "none", "resnet50_trainable": "last_layer",
+                "optimizer": "adamw"}  # fmt: skip
+    values = report.result_values(some_results(), {"settings": settings, "data": {"name": "x"}})
+    assert values["kd/resnet50/test/accuracy/pm"] == "71.00 ± 1.00"
+    assert values["scratch//test/accuracy/seeds"] == "3 seeds" and values["scratch//test/nll/mean"] == "0.312"
+    assert values["teacher/resnet50/test/accuracy/mean"] == "80.50"
+    assert values["diff/kd/resnet50/scratch/points"] == "+2.17"
+    assert values["diff/teacher/resnet50/scratch/points"] == "+11.67"
+    assert "diff/teacher/resnet50/scratch/verdict" not in values
+    assert values["best/words"] == "student distilled from one teacher (ResNet-50)"
+    assert values["settings/temperature"] == "4" and values["settings/train_size"] == "9,000"
+    assert values["settings/optimizer"] == "AdamW" and values["data/name"] == "x"
+    assert values["words/views"] == "18 views" and values["words/epochs"] == "1 epoch"
+    assert values["resnet50/trainable-words"] == "the whole network"
+
+
+@pytest.mark.parametrize("kd, verb", [
+    ((0.70, 0.71, 0.72), "raises"),
+    ((0.66, 0.67, 0.675), "lowers"),
+    ((0.60, 0.71, 0.75), "does not measurably change"),
+    ((0.70,), "was run with too few seeds to tell if it changes"),
+])  # fmt: skip
+def test_the_verdict_follows_the_difference(kd, verb):
+    values = report.result_values(some_results(kd=kd), {})
+    assert values["diff/kd/resnet50/scratch/verdict"] == verb
+
+
+def test_readme_holds_the_table_between_its_marks_however_often_it_is_updated(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n", encoding="utf-8")
+    table = report.results_table(some_results())
+    report.update_readme(readme, table, "Made with α = 0.8.")
+    once = readme.read_text(encoding="utf-8")
+    report.update_readme(readme, table, "Made with α = 0.8.")
+    assert readme.read_text(encoding="utf-8") == once
+    assert once.startswith("before\n") and once.endswith("after\n")
+    assert "old" not in once and "α = 0.8" in once
+    assert "| 3 | Student distilled from one teacher | ResNet-50 | 71.00 ± 1.00 | 3 |" in once
+    assert "| 2 | ResNet-50, last layer fine-tuned | – | 80.50 ± 0.71 | 2 |" in once
+
+
+def test_a_readme_without_marks_is_an_error(tmp_path):
+    (tmp_path / "README.md").write_text("nothing", encoding="utf-8")
+    with pytest.raises(UserError, match="results:begin"):
+        report.update_readme(tmp_path / "README.md", report.results_table(some_results()))
