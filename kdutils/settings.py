@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -347,8 +346,3 @@ def apply_threads(settings: Settings) -> None:
     """Set torch's number of CPU threads, where the settings name one."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-
-
-def in_batch() -> bool:
-    """Whether `python -m kdutils run` started this kernel (progress then goes to its terminal)."""
-    return "KDUTILS_PROGRESS" in os.environ

@@ -96,17 +96,16 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
         "what": "features", "arch": arch, "weights": backbone.checksum, "trainable": trainable, "size": size,
         "data": dataset.checksum, "views": settings.views, "precision": settings.precision,
     }  # fmt: skip
-    seconds = 0.0
+    cost: dict[tuple[str, int], float] = {}
 
     def features(part: str, view: int) -> Tensor:
         """What the suffix is given for one view of every image of a part: [N, ...]."""
-        nonlocal seconds
         if not len(prefix):
             return normalise(_all_pixels(viewed[part], view))
         here = folder / f"{name}-features"
         make = partial(_prefix_features, prefix, viewed[part], view, settings, f"{arch}: {part} view {view}")
         found = artefact(here, f"{part}-view{view:03d}", {**key, "part": part, "view": view}, make)
-        seconds += found.seconds
+        cost[part, view] = found.seconds
         return found.tensors["features"].to(settings.device)
 
     trained_views = num_views if not len(prefix) else _affordable_views(features, num_views, settings, name)
@@ -159,7 +158,7 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
         return {
             "val": found["val"][0], "test": found["test"][0],
             "train": torch.stack(found["train"], dim=2),  # [S, N, V, C]
-        }, {}  # fmt: skip
+        }, {"feature_seconds": sum(cost.values())}  # fmt: skip
 
     logits = artefact(folder, f"{name}-logits", logits_key, make_logits)
     on_device = {part: tensor.to(settings.device) for part, tensor in logits.tensors.items()}
@@ -175,7 +174,8 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
     trained = sum(p.numel() for p in seed_suffix[settings.teacher_seeds[0]].parameters())
     return Teacher(
         arch, trainable, runs, backbone.description, backbone.is_standin, backbone.checksum,
-        trained + sum(p.numel() for p in prefix.parameters()), trained, trained_views, seconds, fingerprint(logits_key),
+        trained + sum(p.numel() for p in prefix.parameters()), trained, trained_views,
+        logits.facts["feature_seconds"], fingerprint(logits_key),
     )  # fmt: skip
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class ViewedImages(NamedTuple):
-    """Images ready to be looked at: reflect-padded pixels [N, H+2m, W+2m, 3] uint8, the views' table [V, 3]."""
+    """Images ready to be looked at: reflect-padded pixels [N, H+2m, W+2m, 3] uint8, the views' table [V, 3], m."""
 
     padded: Tensor
     table: Tensor
+    margin: int
 
 
 def view_table(max_shift: int, shift_step: int) -> Tensor:
@@ -30,13 +31,12 @@ def make_views(images: Tensor, max_shift: int, shift_step: int) -> ViewedImages:
     # reflection is not implemented for uint8; float16 holds 0..255 exactly
     padded = F.pad(images.half(), (max_shift,) * 4, mode="reflect") if max_shift else images
     pixels_last = padded.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return ViewedImages(pixels_last, view_table(max_shift, shift_step).to(images.device))
+    return ViewedImages(pixels_last, view_table(max_shift, shift_step).to(images.device), max_shift)
 
 
 def view_pixels(viewed: ViewedImages, index: Tensor, view: Tensor) -> Tensor:
     """The pixels uint8 [B, 3, H, W] of views `view` [B] of the images `index` [B] (laid out channels-last)."""
-    padded, table = viewed
-    margin = int(table[:, 0].max())
+    padded, table, margin = viewed
     size = padded.shape[1] - 2 * margin
     down, right, flip = table[view].unbind(dim=1)
     along = torch.arange(size, device=padded.device)

@@ -1,0 +1,146 @@
+"""The whole path, tiny: four notebooks through papermill, run again, changed, broken, reported."""
+
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+
+from kdutils import pipeline, report
+from kdutils.__main__ import main
+from kdutils.runs import RESULT_COLUMNS
+from kdutils.settings import PROFILES, ROOT, UserError, load_settings, read_profile
+
+TINY = {
+    "train_size": 100, "val_size": 50, "test_size": 100, "max_shift": 0, "shift_step": 1, "seeds": [0, 1],
+    "epochs": 2, "batch_size": 20, "teacher_size": 32, "teacher_seeds": [0, 1], "teacher_batch_size": 20,
+    "resnet50_epochs": 1, "resnet18_epochs": 1, "generated_images": 100, "generated_epochs": 1,
+}  # fmt: skip
+STUDENTS = {
+    ("1", "scratch", ""), ("3", "kd", "resnet50"), ("3", "kd", "resnet18"),
+    *(("4", f"kd_{rule}", "resnet50+resnet18") for rule in ("mean_prob", "mean_logit", "confidence")),
+}  # fmt: skip
+TEACHERS = {("2", "last_layer", "resnet50"), ("2", "last_block", "resnet18")}
+
+
+@pytest.fixture(scope="module")
+def parameters(tmp_path_factory):
+    return {**TINY, "runs_dir": str(tmp_path_factory.mktemp("runs"))}
+
+
+@pytest.fixture(scope="module")
+def settings(parameters):
+    return pipeline.run("demo", parameters)
+
+
+def artefacts(settings):
+    return {path: path.stat().st_mtime_ns for path in settings.run_folder.rglob("*.safetensors")}
+
+
+def test_results_hold_every_arm_and_seed(settings):
+    results = pd.read_csv(settings.run_folder / "results.csv", keep_default_na=False, dtype={"task": str})
+    assert tuple(results.columns) == RESULT_COLUMNS
+    accuracy = results[(results.metric == "accuracy") & (results.split == "test")]
+    assert set(accuracy[["task", "arm", "teachers"]].itertuples(index=False, name=None)) == STUDENTS | TEACHERS
+    assert (accuracy.groupby(["task", "arm", "teachers"]).seed.apply(list).map(sorted) == [[0, 1]] * 8).all()
+    assert results.loc[results.metric == "accuracy", "value"].between(0, 1).all()
+    assert not results.duplicated(list(RESULT_COLUMNS[:-1])).any()
+    assert set(results.labels) == {100}
+
+
+def test_executed_notebooks_are_complete_and_clean(settings):
+    for name in pipeline.NOTEBOOKS:
+        notebook = nbformat.read(settings.run_folder / "notebooks" / f"{name}.ipynb", as_version=4)
+        nbformat.validate(notebook)
+        for cell in notebook.cells:
+            for output in cell.get("outputs", []):
+                assert output.output_type != "error"
+                assert "\x1b" not in output.get("text", "")
+                assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+
+
+def test_running_again_changes_nothing(settings, parameters):
+    folder = settings.run_folder
+    before, results = artefacts(settings), (folder / "results.csv").read_bytes()
+    pipeline.run("demo", parameters)
+    assert artefacts(settings) == before
+    assert (folder / "results.csv").read_bytes() == results
+
+
+def test_a_notebook_alone_recomputes_only_what_depends_on_the_parameter(settings, tmp_path):
+    mine = tmp_path / "runs"
+    shutil.copytree(settings.run_folder.parent, mine, copy_function=shutil.copy2)
+    copied = load_settings("demo", **TINY, runs_dir=str(mine))
+    before = artefacts(copied)
+    given = [word for name, value in {**TINY, "temperature": 2, "runs_dir": mine}.items()
+             for word in ("-p", name, str(value))]  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "papermill", "03_one_teacher.ipynb", str(tmp_path / "out.ipynb"), "-k", "python3",
+         "-p", "profile", "demo", *given],
+        cwd=ROOT / "notebooks", check=True, capture_output=True,
+    )  # fmt: skip
+    after = artefacts(copied)
+    assert before.items() <= after.items()
+    new = {path.name.split("-")[0] + "-" + path.name.split("-")[1] for path in after.keys() - before.keys()}
+    assert new == {"kd-resnet50", "kd-resnet18"}
+    # the other notebooks' rows were made at another temperature
+    arms = set(pd.read_csv(copied.run_folder / "results.csv").arm)
+    assert arms == {"kd"}
+
+
+def test_the_report_is_built(settings, parameters, tmp_path, monkeypatch):
+    if shutil.which("latexmk") is None:
+        pytest.skip("latexmk is not installed")
+    words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    assert main(["report", "--profile", "demo", *words, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+    for name in ("macros.tex", "results.csv", "provenance.json", "timings.csv"):
+        assert (tmp_path / "generated" / name).is_file()
+    if shutil.which("pdftotext"):
+        page = subprocess.run(
+            ["pdftotext", "-l", "1", str(tmp_path / "report.pdf"), "-"], capture_output=True, text=True, check=True
+        ).stdout
+        assert "Generated data, demonstration" in " ".join(page.split())
+        assert "Stand-in weights" in " ".join(page.split())
+
+
+def test_a_report_of_other_settings_is_refused(settings, parameters, tmp_path):
+    other = load_settings("demo", **{**parameters, "alpha": 0.5})
+    with pytest.raises(UserError, match="last run with other settings"):
+        pipeline.export(other, tmp_path)
+
+
+def test_a_failing_notebook_stops_the_run_and_is_named(tmp_path, monkeypatch):
+    """The failure: the first notebook's training diverges at an absurd learning rate."""
+    monkeypatch.setattr(pipeline, "NOTEBOOKS", pipeline.NOTEBOOKS[:1])
+    bad = {**TINY, "runs_dir": str(tmp_path), "learning_rate": 1e30, "weight_decay": 0.0, "optimizer": "sgd"}
+    with pytest.raises(UserError, match=r"01_small_cnn stopped in cell \d+: scratch, seed 0: .* lower the learning rate"):
+        pipeline.run("demo", bad)
+    assert (tmp_path / "demo" / "notebooks" / "01_small_cnn.ipynb").is_file()
+
+
+def test_an_unknown_parameter_stops_papermill_before_anything_is_trained(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "01_small_cnn.ipynb"), str(tmp_path / "out.ipynb"),
+         "-k", "python3", "-p", "profile", "demo", "-p", "runs_dir", str(tmp_path), "-p", "epoch", "3"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "there is no setting 'epoch'; did you mean 'epochs'?" in done.stderr
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_profiles_differ_only_where_they_must():
+    given, standin = read_profile("cifar10"), read_profile("cifar10-standin")
+    assert {"data", "weights"} <= {name for name in standin if standin[name] != given.get(name)}
+    assert set(given) <= set(standin)
+    assert {path.stem for path in PROFILES.glob("*.yaml")} == {"demo", "cifar10", "cifar10-standin"}
+
+
+def test_the_committed_report_matches_its_rows():
+    """README's table, the macros and the prose's numbers all come from the committed results.csv."""
+    generated = report.REPORT / "generated"
+    results = pipeline.results_frame(generated)
+    assert report.markdown_table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
