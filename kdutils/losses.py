@@ -62,14 +62,13 @@ def distillation_loss(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: {alpha} will not do; it must be from 0 to 1")
     _check_temperature(temperature)
-    labelled = (labels != NO_LABEL).to(student_logits.dtype)
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.to(student.dtype) / temperature, dim=1)
     soft = temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
     hard = F.cross_entropy(
         student_logits, labels, ignore_index=NO_LABEL, label_smoothing=label_smoothing, reduction="none"
     )
-    weight = torch.where(labelled > 0, alpha, 1.0)
+    weight = torch.ones_like(soft).masked_fill(labels != NO_LABEL, alpha)
     return (weight * soft + (1 - alpha) * hard).mean()
 
 

@@ -80,7 +80,7 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
     recipe = student_recipe(settings)
     teacher_names = tuple(teacher.arch for teacher in arm.teachers)
     key = {
-        "what": "student", "loss": describe(arm.loss), "combine": describe(arm.combine) if arm.combine else None,
+        "what": "student", "network": _code(SmallCNN), "loss": describe(arm.loss), "combine": describe(arm.combine) if arm.combine else None,
         "teachers": [(t.fingerprint, t.run_for(seed).seed) for t in arm.teachers],
         "data": dataset.checksum, "views": settings.views, "recipe": dataclasses.asdict(recipe), "seed": seed,
         "precision": settings.precision,
@@ -139,13 +139,18 @@ def describe(function: Callable) -> dict:
             raise UserError("loss: bind the parameters of a loss by name: partial(kd_loss, temperature=4.0)")
         bound = {name: repr(value) for name, value in function.keywords.items()} | bound
         function = function.func
-    try:
-        source = textwrap.dedent(inspect.getsource(function))
-        tree = ast.parse(source).body[0]
-    except (OSError, TypeError, SyntaxError) as error:
-        raise UserError(f"loss: the source of {function!r} cannot be read; define it with `def` in a file or cell") from error
-    if not isinstance(tree, ast.FunctionDef) or inspect.getclosurevars(function).nonlocals:
+    if not inspect.isfunction(function) or inspect.getclosurevars(function).nonlocals or function.__name__ == "<lambda>":
         raise UserError(f"loss: {function!r} must be a plain function (`def`) that uses its arguments alone")
-    if ast.get_docstring(tree):
-        tree.body = tree.body[1:]
-    return {"name": function.__qualname__, "code": ast.unparse(tree), "bound": dict(sorted(bound.items()))}
+    return {"name": function.__qualname__, "code": _code(function), "bound": dict(sorted(bound.items()))}
+
+
+def _code(defined: Callable) -> str:
+    """The code of a function or class without its docstrings and comments."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(defined)))
+    except (OSError, TypeError, SyntaxError) as error:
+        raise UserError(f"loss: the source of {defined!r} cannot be read; define it with `def` in a file or cell") from error
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)

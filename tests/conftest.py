@@ -1,0 +1,58 @@
+"""What several test files share: a tiny profile whose runs lie in the test's own folder, and a tiny data set."""
+
+import pytest
+import torch
+import yaml
+
+from kdutils.data import Dataset, Split
+from kdutils.settings import load_settings
+
+TINY = {
+    "data": "shapes10", "train_size": 40, "val_size": 10, "test_size": 10, "split_seed": 0,
+    "max_shift": 1, "shift_step": 1,
+    "seeds": [0, 1], "epochs": 2, "batch_size": 10, "optimizer": "adamw", "schedule": "one_cycle",
+    "learning_rate": 0.003, "weight_decay": 0.01, "label_smoothing": 0.1,
+    "temperature": 4.0, "alpha": 0.9, "kd_label_smoothing": 0.0,
+    "weights": "none", "teacher_size": 32, "teacher_seeds": [0], "teacher_views": 2, "teacher_batch_size": 20,
+    "teacher_optimizer": "adamw", "teacher_schedule": "one_cycle", "teacher_label_smoothing": 0.0,
+    "resnet50_trainable": "last_layer", "resnet50_epochs": 1, "resnet50_learning_rate": 0.003,
+    "resnet50_weight_decay": 0.01,
+    "resnet18_trainable": "last_block", "resnet18_epochs": 1, "resnet18_learning_rate": 0.0005,
+    "resnet18_weight_decay": 0.05,
+    "device": "cpu", "precision": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_profile(tmp_path):
+    """Writes a complete profile, changed as asked (None leaves a setting out); returns its path as text."""
+
+    def write(name="tiny", **changes):
+        values = {**TINY, "runs_dir": str(tmp_path / "runs"), **changes}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def tiny(tiny_profile):
+    """The settings of the tiny profile with the given overrides."""
+    path = tiny_profile()
+    return lambda **overrides: load_settings(path, **overrides)
+
+
+@pytest.fixture
+def toy_data():
+    """A data set of random images; every class has its own mean colour, so there is something to learn."""
+    generator = torch.Generator().manual_seed(7)
+    colours = torch.randint(40, 215, (10, 3, 1, 1), generator=generator)
+
+    def split(count):
+        labels = torch.arange(count) % 10
+        noise = torch.randint(-40, 41, (count, 3, 32, 32), generator=generator)
+        return Split((colours[labels] + noise).to(torch.uint8), labels)
+
+    classes = [f"class{i}" for i in range(10)]
+    return Dataset("toy", classes, split(40), split(10), split(10), checksum="toy", is_generated=False)

@@ -1,0 +1,151 @@
+"""python -m kdutils: what is wrong is told in one line on stderr, with exit status 1, before anything is trained."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kdutils import pipeline
+from kdutils.__main__ import main
+from kdutils.runs import record
+from kdutils.settings import ROOT, UserError, load_settings
+
+
+def error_of(capsys, arguments):
+    """Run a command that must fail; its one line."""
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err + out
+    return err
+
+
+@pytest.mark.parametrize("parameters, fragments", [
+    (["temprature", "3"], ["temprature", "did you mean 'temperature'?"]),
+    (["temperature", "0"], ["temperature: 0", "above 0"]),
+    (["temperature", "-1"], ["temperature: -1", "above 0"]),
+    (["temperature", "nan"], ["temperature: 'nan'", "finite"]),
+    (["temperature", "hot"], ["temperature: 'hot'", "finite number above 0"]),
+    (["alpha", "1.5"], ["alpha: 1.5", "from 0 to 1"]),
+    (["alpha", "-0.1"], ["alpha: -0.1", "from 0 to 1"]),
+    (["seeds", "[]"], ["seeds: []", "one or more different whole numbers"]),
+    (["seeds", "[0, 0]"], ["seeds: [0, 0]", "different"]),
+    (["seeds", "abc"], ["seeds: 'abc'", "[0, 1, 2]"]),
+    (["epochs", "many"], ["epochs: 'many'", "a whole number"]),
+    (["epochs", ""], ["epochs: ''", "a whole number"]),
+    (["shift_step", "2"], ["shift_step: 2", "max_shift = 1"]),
+    (["batch_size", "41"], ["batch_size", "train_size = 40"]),
+    (["train_size", "100000"], ["shapes10", "12000"]),
+    (["test_size", "100000"], ["shapes10", "10000"]),
+    (["data", "mnist"], ["data: 'mnist'", "folder:PATH"]),
+    (["data", "folder:no/such/place"], ["data: ", "no/such/place/train"]),
+    (["data_name", "CIFAR-10"], ["data_name: 'CIFAR-10'"]),
+    (["weights", "no/such/place"], ["weights: ", "no/such/place"]),
+    (["device", "abacus"], ["device: 'abacus'", "'cpu'"]),
+    (["epochs", "1", "-p", "epochs", "2"], ["epochs: given twice ('1' and '2')", "keep one"]),
+    (["epochs", "1", "-p", "epochs", "1"], ["epochs: given twice"]),
+    (["profile", "demo"], ["--profile"]),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_trained(capsys, tmp_path, tiny_profile, parameters, fragments):
+    message = error_of(capsys, ["run", "--profile", tiny_profile(), "-p", *parameters])
+    assert all(fragment in message for fragment in fragments), message
+    assert not list((tmp_path / "runs").rglob("*"))
+
+
+@pytest.mark.parametrize("command", ["run", "report", "results"])
+def test_every_command_checks_its_profile_and_parameters(capsys, command):
+    assert "there is no 'demmo'" in error_of(capsys, [command, "--profile", "demmo"])
+    assert "did you mean 'epochs'?" in error_of(capsys, [command, "--profile", "demo", "-p", "epohcs", "3"])
+
+
+@pytest.mark.parametrize("command", ["report", "results"])
+def test_without_a_run_there_is_nothing_to_show(capsys, tiny_profile, tmp_path, command):
+    message = error_of(capsys, [command, "--profile", tiny_profile()])
+    assert "results.csv" in message and "run the notebooks first" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_there_is_nothing_to_typeset_in_an_empty_folder(capsys, tmp_path):
+    message = error_of(capsys, ["report", "--pdf-only", "--out", str(tmp_path)])
+    assert str(tmp_path / "generated") in message and "make report" in message
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["run", "--epochs", "3"], ["run", "-p", "epochs"], ["run", "demo"]])
+def test_an_unknown_command_or_option_is_a_matter_of_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "usage: python -m kdutils" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0 and "kdutils" in capsys.readouterr().out
+
+
+def rows(settings):
+    fixed = {"task": "1", "arm": "scratch", "teachers": "", "labels": 40, "epochs": 2}
+    return [{**fixed, "seed": seed, "split": part, "metric": metric, "value": f"{0.25 + seed / 4:.6f}"}
+            for seed in settings.seeds for part in ("train", "val", "test")
+            for metric in ("accuracy", "nll", "ece")]  # fmt: skip
+
+
+def test_results_prints_the_table_of_a_run(capsys, tiny_profile):
+    settings = load_settings(tiny_profile())
+    record(settings, "01_small_cnn", rows(settings), {}, [])
+    assert main(["results", "--profile", tiny_profile()]) == 0
+    out, err = capsys.readouterr()
+    assert "37.5" in out and err == ""  # the mean of 25 % and 50 %
+
+
+def test_run_hands_on_what_was_given(monkeypatch, tiny_profile):
+    asked = []
+
+    def run(profile, parameters):
+        asked.append((profile, dict(parameters)))
+        settings = load_settings(profile, **parameters)
+        record(settings, "01_small_cnn", rows(settings), {}, [])
+        return settings
+
+    monkeypatch.setattr(pipeline, "run", run)
+    profile = tiny_profile()
+    assert main(["run", "--profile", profile, "-p", "epochs", "3", "-p", "seeds", "[0, 1]"]) == 0
+    assert asked == [(profile, {"epochs": "3", "seeds": "[0, 1]"})]
+
+
+def test_stopping_says_that_nothing_is_lost(monkeypatch, capsys):
+    def run(profile, parameters):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", run)
+    assert main(["run", "--profile", "demo"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_an_error_of_the_program_is_not_hidden(monkeypatch):
+    def run(profile, parameters):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pipeline, "run", run)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", "--profile", "demo"])
+
+
+def test_it_works_from_any_folder(tmp_path):
+    """As a process of its own: the profile is found, the error is one line, and there is no traceback."""
+    result = subprocess.run(
+        [sys.executable, "-m", "kdutils", "run", "--profile", "demo", "-p", "alpha", "7"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: alpha: 7") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_relative_paths_are_the_projects_wherever_one_stands(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    assert load_settings("notebooks/profiles/demo.yaml").run_folder == ROOT / "runs" / "demo"
+    (tmp_path / "weights-here").mkdir()
+    with pytest.raises(UserError, match="there is no folder weights-here"):
+        tiny(weights="weights-here")

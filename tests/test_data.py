@@ -1,0 +1,364 @@
+"""kdutils.data: ten classes, split with a seed; anything that is not ten readable classes is named."""
+
+import http.client
+import io
+import os
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from kdutils.data import load_data, read_image, stratified_split
+from kdutils.settings import UserError
+
+
+def message_of(call, *arguments, **named):
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **named)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@st.composite
+def split_problems(draw):
+    counts = draw(st.lists(st.integers(1, 12), min_size=1, max_size=10))
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))]
+    first = draw(st.integers(0, len(labels)))
+    return labels, (first, draw(st.integers(0, len(labels) - first))), draw(st.integers(0, 2**31 - 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(split_problems())
+def test_a_split_is_disjoint_exact_in_size_stratified_and_repeatable(problem):
+    labels, sizes, seed = problem
+    parts = stratified_split(labels, sizes, seed)
+    together = torch.cat(parts).tolist()
+    assert [len(part) for part in parts] == list(sizes) and len(set(together)) == len(together)
+    for part, size in zip(parts, sizes):
+        found = labels[part].bincount(minlength=int(labels.max()) + 1)
+        exact = size * labels.bincount() / len(labels)
+        assert (found - exact).abs().max() <= 1 + 1e-4
+    assert all(torch.equal(*pair) for pair in zip(parts, stratified_split(labels, sizes, seed), strict=True))
+
+
+def test_balanced_classes_stay_balanced_and_are_shuffled():
+    labels = torch.arange(10).repeat_interleave(100)
+    train, val = stratified_split(labels, (900, 100), 0)
+    assert labels[train].bincount().tolist() == [90] * 10 and labels[val].bincount().tolist() == [10] * 10
+    assert not torch.equal(labels[train], labels[train].sort().values)
+
+
+def test_another_seed_is_another_split():
+    labels = torch.arange(10).repeat(20)
+    one, other = (stratified_split(labels, (100, 20), seed) for seed in (0, 1))
+    assert set(one[0].tolist()) != set(other[0].tolist()) and set(one[1].tolist()) != set(other[1].tolist())
+
+
+def test_splitting_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    stratified_split(torch.arange(10).repeat(20), (100, 20), 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sizes_larger_than_the_labels_are_named():
+    message = message_of(stratified_split, torch.arange(10), (8, 3), 0, "train_size + val_size")
+    assert message.startswith("train_size + val_size: ") and "11" in message and "10" in message and "lower" in message
+
+
+CLASSES = [f"class{i}" for i in range(10)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny data set on disk: ten classes, 4 training and 2 test images each, every image of one colour."""
+    root = tmp_path / "my ten"
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 4), ("test", 2)):
+        for name in CLASSES:
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def load(tiny, folder):
+    sizes = {"train_size": 20, "val_size": 10, "test_size": 10}
+    return lambda **overrides: load_data(tiny(**{"data": f"folder:{folder}", **sizes, **overrides}))
+
+
+def pixels_of(path):
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+def test_a_folder_becomes_a_data_set(load, folder):
+    data = load()
+    assert data.classes == CLASSES and data.name == "my ten" and not data.is_generated
+    assert data.facts["is_cifar10"] is False
+    for part, size in (("train", 20), ("val", 10), ("test", 10)):
+        images, labels = getattr(data, part)
+        assert images.shape == (size, 3, 32, 32) and images.dtype == torch.uint8
+        assert labels.dtype == torch.int64 and labels.bincount().tolist() == [size // 10] * 10
+        source = "test" if part == "test" else "train"
+        for image, label in zip(images, labels.tolist()):
+            files = (folder / source / CLASSES[label]).iterdir()
+            assert any(torch.equal(image, pixels_of(path)) for path in files)
+
+
+def test_a_name_can_be_given(load):
+    assert load(data_name="holiday pictures").name == "holiday pictures"
+
+
+def test_the_order_in_which_files_were_written_does_not_matter(load, folder):
+    first = load()
+    for path in sorted(folder.rglob("*.png"), reverse=True):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    assert load().checksum == first.checksum
+
+
+def test_the_second_load_decodes_nothing(load, monkeypatch, tmp_path):
+    first = load()
+    artefacts = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    assert len(artefacts) == 1
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded again"))
+    second = load()
+    assert second.checksum == first.checksum and torch.equal(second.train.images, first.train.images)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")} == artefacts
+
+
+def test_a_changed_file_is_noticed(load, folder):
+    first = load()
+    for i in range(4):  # of the four, two are used
+        Image.new("RGB", (32, 32), (1, 2, 3)).save(folder / "train" / "class3" / f"{i}.png")
+    assert load().checksum != first.checksum
+
+
+def test_a_file_of_the_same_size_put_in_place_later_is_noticed(load, folder):
+    for path in folder.rglob("class3/*.png"):
+        Image.new("RGB", (32, 32), (9, 9, 9)).save(path.with_suffix(".bmp"))
+        path.unlink()
+    first = load()
+    for path in folder.rglob("class3/*.bmp"):
+        size = path.stat().st_size
+        Image.new("RGB", (32, 32), (8, 8, 8)).save(path)
+        assert path.stat().st_size == size
+        os.utime(path, (2_000_000_000, 2_000_000_000))
+    assert load().checksum != first.checksum
+
+
+def test_a_missing_folder_is_named(load, folder):
+    assert "nowhere" in (message := message_of(load, data="folder:nowhere")) and message.startswith("data: ")
+    (folder / "test").rename(folder / "tests")
+    message = message_of(load)
+    assert message.startswith("data: ") and str(folder / "test") in message and "one folder of images a class" in message
+
+
+def test_class_sets_that_differ_are_named(load, folder):
+    (folder / "test" / "class3").rename(folder / "test" / "cat")
+    message = message_of(load)
+    assert message.startswith("data: ") and "same class folders" in message and "cat" in message and "class3" in message
+
+
+@pytest.mark.parametrize("change, count", [(-1, "9"), (1, "11")])
+def test_there_must_be_ten_classes(load, folder, change, count):
+    for part in ("train", "test"):
+        if change < 0:
+            (folder / part / "class9").rename(folder / f"moved away {part}")
+        else:
+            (folder / part / "class10").mkdir()
+            Image.new("RGB", (32, 32)).save(folder / part / "class10" / "0.png")
+    message = message_of(load)
+    assert message.startswith("data: ") and f"holds {count} class folders" in message and "ten" in message
+
+
+def test_an_empty_class_folder_is_named(load, folder):
+    for path in (folder / "train" / "class4").iterdir():
+        path.rename(path.with_suffix(".txt"))  # files that are no images do not count
+    message = message_of(load)
+    assert message.startswith("data: ") and str(folder / "train" / "class4") in message and "no images" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", "cut", "directory"])
+def test_an_unreadable_image_is_named(load, folder, content):
+    path = folder / "train" / "class4" / "2.png"
+    good = path.read_bytes()
+    path.unlink()
+    if content == "directory":
+        path.mkdir()
+    else:
+        path.write_bytes(good[:200] if content == "cut" else content)
+    message = message_of(load)
+    assert message.startswith("data: ") and str(path) in message and "mend or remove it" in message
+
+
+def test_what_a_computer_leaves_in_folders_is_passed_over(load, folder):
+    first = load()
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "readme.txt").write_text("x")
+    (folder / "train" / "class0" / "Thumbs.db").write_text("x")
+    (folder / "train" / "class0" / "._0.png").write_bytes(b"\0\5\x16\7")  # macOS
+    assert load().checksum == first.checksum
+
+
+@pytest.mark.parametrize("sizes, name", [
+    ({"train_size": 35, "val_size": 10}, "train_size"), ({"test_size": 21}, "test_size"),
+])  # fmt: skip
+def test_sizes_larger_than_the_folder_are_named(load, sizes, name):
+    message = message_of(load, **sizes)
+    assert name in message and "lower it" in message
+
+
+def test_sizes_larger_than_shapes10_are_named(tiny):
+    message = message_of(load_data, tiny(train_size=12_000, val_size=10))
+    assert "shapes10" in message and "12010" in message.replace(",", "") and "12000" in message.replace(",", "")
+
+
+def test_the_name_of_the_original_is_refused_for_other_images(load, tiny):
+    for call in (lambda: load(data_name="CIFAR-10"), lambda: load_data(tiny(data_name="CIFAR-10"))):
+        message = message_of(call)
+        assert message.startswith("data_name: 'CIFAR-10'") and "data = cifar10" in message
+
+
+def test_a_folder_called_cifar_10_is_not_taken_for_the_original(load, folder):
+    """The name that the report falls back on must not make it claim the original images."""
+    moved = folder.rename(folder.with_name("CIFAR-10"))
+    try:
+        assert not load(data=f"folder:{moved}").facts["is_cifar10"]
+    except UserError as error:
+        assert str(error).startswith("data_name: ")
+
+
+MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
+    """A light grey picture stays light grey, whatever way its file stores it."""
+    if mode == "I;16":
+        image = Image.fromarray(np.full((32, 32), 200 * 257, dtype=np.uint16))
+    else:
+        image = Image.new("RGB", (32, 32), (200, 200, 200))
+        image = image.quantize(4) if mode == "P" else image.convert(mode)
+    path = tmp_path / ("x.png" if mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "x.tiff")
+    image.save(path)
+    pixels = read_image(path)
+    assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
+    if mode == "1":
+        assert set(pixels.flatten().tolist()) <= {0, 255} and pixels.mean() > 127
+    else:
+        assert np.abs(pixels.astype(int) - 200).max() <= 4
+
+
+@pytest.mark.parametrize("width, height", [(64, 64), (100, 40), (40, 100), (8, 8), (32, 33), (1, 1)])
+def test_the_middle_of_any_size_is_taken(tmp_path, width, height):
+    """Red left and right, blue above and below a green middle square: what is not square loses its longer ends."""
+    side = min(width, height)
+    image = Image.new("RGB", (width, height), (255, 0, 0) if width > height else (0, 0, 255))
+    image.paste((0, 255, 0), ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2))
+    image.save(tmp_path / "x.png")
+    pixels = read_image(tmp_path / "x.png")
+    assert pixels.shape == (32, 32, 3)
+    assert (pixels[4:28, 4:28] == (0, 255, 0)).all()
+
+
+def test_a_camera_held_upright_is_heeded(tmp_path):
+    image = Image.new("RGB", (32, 32), (0, 0, 0))
+    image.paste((255, 255, 255), (0, 0, 32, 8))  # a white band on top
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    image.rotate(180).save(tmp_path / "x.png", exif=exif)
+    assert read_image(tmp_path / "x.png")[2, 16, 0] == 255
+
+
+def encoded(kind):
+    file = io.BytesIO()
+    gradient = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3) % 251
+    Image.fromarray(gradient.astype(np.uint8)).save(file, format=kind)
+    return file.getvalue()
+
+
+ENCODED = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on damaged TIFF
+@settings(max_examples=300, deadline=None)
+@given(kind=st.sampled_from(sorted(ENCODED)), data=st.data())
+def test_no_damage_to_a_file_ends_in_a_traceback(tmp_path_factory, kind, data):
+    good = ENCODED[kind]
+    content = bytearray(good[: data.draw(st.integers(0, len(good)))])
+    for _ in range(data.draw(st.integers(0, 3))):
+        if content:
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / f"damaged.{kind.lower()}"
+    path.write_bytes(content)
+    try:
+        assert read_image(path).shape == (32, 32, 3)
+    except UserError as error:
+        assert path.name in str(error)
+
+
+@pytest.mark.parametrize("error", [
+    urllib.error.URLError("Name or service not known"), TimeoutError("timed out"), ConnectionResetError("reset"),
+    http.client.IncompleteRead(b"half"), http.client.RemoteDisconnected("closed"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_cifar10_without_a_network(tiny, tmp_path, monkeypatch, error):
+    def urlopen(*_, **__):
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    folder = tmp_path / "downloads"
+    message = message_of(load_data, tiny(data="cifar10", data_dir=str(folder)))
+    assert message.startswith("data: CIFAR-10 ") and str(folder) in message
+    assert "cifar-10-python.tar.gz" in message and "data = shapes10" in message and "folder:PATH" in message
+
+
+@pytest.fixture
+def fake_cifar10(monkeypatch):
+    """torchvision's CIFAR10 with 60 and 20 images, as if found in its folder; the folders it was asked for."""
+    import torchvision
+
+    asked = []
+
+    class CIFAR10:
+        classes = CLASSES
+
+        def __init__(self, root, train, download):
+            asked.append((root, train))
+            count = 60 if train else 20
+            rows = np.arange(32, dtype=np.uint8)[:, None, None]
+            self.data = np.broadcast_to(rows, (count, 32, 32, 3)).copy()
+            self.targets = [i % 10 for i in range(count)]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
+    return asked
+
+
+def test_cifar10_found_in_its_folder(tiny, tmp_path, fake_cifar10):
+    data = load_data(tiny(data="cifar10", data_dir=str(tmp_path / "here")))
+    assert fake_cifar10 == [(str(tmp_path / "here"), True), (str(tmp_path / "here"), False)]
+    assert data.name == "CIFAR-10" and data.facts["is_cifar10"] and data.classes == CLASSES
+    assert data.train.images.shape == (40, 3, 32, 32)
+    assert data.train.images[0, 0, :, 5].tolist() == list(range(32))  # rows stay rows
+    assert data.train.labels.bincount().tolist() == [4] * 10
+
+
+def test_the_original_by_another_name_is_still_the_original(tiny, fake_cifar10):
+    data = load_data(tiny(data="cifar10", data_name="CIFAR-10, 9,000 of 50,000"))
+    assert data.name == "CIFAR-10, 9,000 of 50,000" and data.facts["is_cifar10"]
+
+
+def test_shapes10_is_the_same_every_time(tiny):
+    one, other = load_data(tiny()), load_data(tiny())
+    assert one.checksum == other.checksum and one.is_generated and len(one.classes) == 10
+    assert load_data(tiny(split_seed=1)).checksum != one.checksum
+    assert one.train.labels.bincount().tolist() == [4] * 10

@@ -1,0 +1,259 @@
+"""kdutils.losses: the formulas and their identities, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdutils.losses import combine_teachers, cross_entropy, distillation_loss, kd_loss
+
+RULES = ("mean_prob", "mean_logit", "confidence")
+
+
+def logits(seed, batch=6, classes=5, scale=3.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64).to(dtype)
+
+
+LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
+
+
+def gradient(loss, student):
+    student = student.clone().requires_grad_()
+    return torch.autograd.grad(loss(student), student)[0]
+
+
+def kl_by_hand(student, teacher, temperature):
+    """T^2 times the mean over rows of sum_c p_c (log p_c - log q_c), in plain Python."""
+    total = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist()):
+        q = [math.exp(x / temperature) for x in s]
+        p = [math.exp(x / temperature) for x in t]
+        q, p = [x / sum(q) for x in q], [x / sum(p) for x in p]
+        total += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q))
+    return temperature**2 * total / len(student)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
+def test_kd_loss_is_its_formula(temperature):
+    student, teacher = logits(0), logits(1)
+    found = kd_loss(student, teacher, temperature).item()
+    assert found == pytest.approx(kl_by_hand(student, teacher, temperature), rel=1e-12) and found > 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_kd_loss_and_its_gradient_vanish_at_the_teacher(temperature):
+    teacher = logits(0)
+    assert kd_loss(teacher, teacher, temperature).abs() < 1e-15
+    assert gradient(lambda s: kd_loss(s, teacher, temperature), teacher).abs().max() < 1e-15
+
+
+def test_kd_loss_does_not_depend_on_the_number_of_copies_of_a_batch():
+    student, teacher = logits(0), logits(1)
+    twice = kd_loss(student.repeat(2, 1), teacher.repeat(2, 1), 4.0)
+    torch.testing.assert_close(twice, kd_loss(student, teacher, 4.0), rtol=1e-12, atol=0)
+
+
+def test_the_factor_t_squared_keeps_the_gradient():
+    """For large T the gradient tends to (centred s - centred t) / C / B, whatever T is (Hinton et al., section 2.1)."""
+    student, teacher = logits(0), logits(1)
+    student, teacher = (x - x.mean(dim=1, keepdim=True) for x in (student, teacher))
+    limit = (student - teacher) / student.numel()
+    for temperature in (1e3, 1e4):
+        found = gradient(lambda s: kd_loss(s, teacher, temperature), student)
+        torch.testing.assert_close(found, limit, rtol=0.02, atol=1e-4)
+
+
+def test_the_gradient_is_that_of_softened_probabilities():
+    student, teacher, temperature = logits(0), logits(1), 3.0
+    expected = temperature * ((student / temperature).softmax(1) - (teacher / temperature).softmax(1)) / len(student)
+    found = gradient(lambda s: kd_loss(s, teacher, temperature), student)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+LOSSES = {
+    "kd_loss": lambda s: kd_loss(s, logits(1).to(s.dtype), 4.0),
+    "cross_entropy": lambda s: cross_entropy(s, LABELS, 0.1),
+    "distillation_loss": lambda s: distillation_loss(s, logits(1).to(s.dtype), LABELS, 4.0, 0.7, 0.1),
+    "distillation_loss, some labels": lambda s: distillation_loss(
+        s, logits(1).to(s.dtype), torch.tensor([-1, 4, 2, -1, 1, 3]), 4.0, 0.7),
+    **{rule: lambda s, rule=rule: combine_teachers([s, logits(1).to(s.dtype)], rule, 4.0, LABELS).square().mean()
+       for rule in RULES},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_agree_with_differences(name):
+    assert torch.autograd.gradcheck(LOSSES[name], logits(0).requires_grad_())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_precision_is_kept(name, dtype):
+    assert LOSSES[name](logits(0, dtype=dtype)).dtype == dtype
+
+
+def test_stored_half_precision_teachers_are_taken_in_the_students_precision():
+    student, teacher = logits(0), logits(1, dtype=torch.float16)
+    torch.testing.assert_close(kd_loss(student, teacher, 4.0), kd_loss(student, teacher.double(), 4.0), rtol=0, atol=0)
+    assert distillation_loss(student.float(), teacher, LABELS, 4.0, 0.5).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in RULES])
+def test_a_shift_of_all_logits_changes_nothing(name):
+    student = logits(0)
+    torch.testing.assert_close(LOSSES[name](student + 123.0), LOSSES[name](student), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_cross_entropy_is_torchs(smoothing):
+    student = logits(0)
+    expected = F.cross_entropy(student, LABELS, label_smoothing=smoothing)
+    torch.testing.assert_close(cross_entropy(student, LABELS, smoothing), expected, rtol=1e-12, atol=0)
+    by_hand = -sum(row[y].item() for row, y in zip(student.log_softmax(1), LABELS.tolist())) / 6
+    if smoothing == 0:
+        assert cross_entropy(student, LABELS).item() == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_cross_entropy_is_a_mean_over_the_labelled_images():
+    student, labels = logits(0), torch.tensor([-1, 4, 2, -1, 1, 3])
+    kept = labels >= 0
+    torch.testing.assert_close(cross_entropy(student, labels, 0.1), cross_entropy(student[kept], labels[kept], 0.1),
+                               rtol=1e-12, atol=0)  # fmt: skip
+    assert cross_entropy(student, torch.full((6,), -1)).item() == 0
+    assert gradient(lambda s: cross_entropy(s, torch.full((6,), -1)), student).abs().max() == 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9, 1.0])
+def test_distillation_is_the_weighted_sum(alpha, smoothing):
+    student, teacher = logits(0), logits(1)
+    expected = alpha * kd_loss(student, teacher, 4.0) + (1 - alpha) * cross_entropy(student, LABELS, smoothing)
+    found = distillation_loss(student, teacher, LABELS, 4.0, alpha, smoothing)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_an_image_without_a_label_counts_its_soft_term_alone(alpha):
+    student, teacher = logits(0), logits(1)
+    unlabelled = torch.full((6,), -1)
+    torch.testing.assert_close(distillation_loss(student, teacher, unlabelled, 4.0, alpha, 0.1),
+                               kd_loss(student, teacher, 4.0), rtol=1e-12, atol=0)  # fmt: skip
+    mixed = torch.where(torch.arange(6) < 2, unlabelled, LABELS)
+    expected = (2 * kd_loss(student[:2], teacher[:2], 4.0)
+                + 4 * distillation_loss(student[2:], teacher[2:], LABELS[2:], 4.0, alpha, 0.1)) / 6  # fmt: skip
+    torch.testing.assert_close(distillation_loss(student, teacher, mixed, 4.0, alpha, 0.1), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("teachers", [2, 3])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_mean_prob_is_the_mean_of_softened_probabilities(teachers, temperature):
+    each = [logits(seed) for seed in range(teachers)]
+    found = (combine_teachers(each, "mean_prob", temperature) / temperature).softmax(1)
+    expected = sum((t / temperature).softmax(1) for t in each) / teachers
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_mean_prob_gives_the_gradient_of_the_mean_divergence(temperature):
+    student, each = logits(9), [logits(0), logits(1)]
+    combined = combine_teachers(each, "mean_prob", temperature)
+    one = gradient(lambda s: kd_loss(s, combined, temperature), student)
+    mean = gradient(lambda s: sum(kd_loss(s, t, temperature) for t in each) / 2, student)
+    torch.testing.assert_close(one, mean, rtol=1e-10, atol=1e-14)
+
+
+def test_mean_logit_is_the_mean_and_the_geometric_mean_of_probabilities():
+    each = [logits(0), logits(1)]
+    found = combine_teachers(each, "mean_logit", 4.0)
+    torch.testing.assert_close(found, (each[0] + each[1]) / 2)
+    geometric = ((each[0] / 4).softmax(1) * (each[1] / 4).softmax(1)).sqrt()
+    torch.testing.assert_close((found / 4).softmax(1), geometric / geometric.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_confidence_weighs_by_the_belief_in_the_true_label(temperature):
+    """For two teachers w1 = p1[y] / (p1[y] + p2[y]), with p at T = 1 whatever the temperature of the target."""
+    one, other = logits(0), logits(1)
+    p1, p2 = (t.softmax(1)[torch.arange(6), LABELS] for t in (one, other))
+    weight = (p1 / (p1 + p2))[:, None]
+    expected = weight * (one / temperature).softmax(1) + (1 - weight) * (other / temperature).softmax(1)
+    found = combine_teachers([one, other], "confidence", temperature, LABELS)
+    torch.testing.assert_close((found / temperature).softmax(1), expected, rtol=1e-10, atol=1e-14)
+    ce1, ce2 = (F.cross_entropy(t, LABELS, reduction="none") for t in (one, other))  # CA-MKD, equation 3
+    torch.testing.assert_close(weight[:, 0], 1 - ce1.exp() / (ce1.exp() + ce2.exp()))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_identical_teachers_are_that_teacher(rule):
+    teacher = logits(0)
+    found = combine_teachers([teacher, teacher], rule, 4.0, LABELS)
+    torch.testing.assert_close((found / 4).softmax(1), (teacher / 4).softmax(1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_order_of_teachers_does_not_matter(rule):
+    one, other = logits(0), logits(1)
+    there, back = (combine_teachers(pair, rule, 4.0, LABELS) for pair in ([one, other], [other, one]))
+    torch.testing.assert_close(there, back, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_targets_of_every_view_at_once(rule):
+    """Logits [N, V, C] with labels [N, V], as the students' arms pass them."""
+    one, other = (logits(seed, batch=12).reshape(6, 2, 5) for seed in (0, 1))
+    found = combine_teachers([one, other], rule, 4.0, labels=LABELS[:, None].expand(6, 2))
+    for view in range(2):
+        alone = combine_teachers([one[:, view], other[:, view]], rule, 4.0, LABELS)
+        torch.testing.assert_close(found[:, view], alone, rtol=1e-12, atol=1e-14)
+
+
+BAD = (0, -1, -0.0, math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("temperature", BAD)
+@pytest.mark.parametrize("call", [
+    lambda t: kd_loss(logits(0), logits(1), t), lambda t: distillation_loss(logits(0), logits(1), LABELS, t, 0.5),
+    lambda t: combine_teachers([logits(0), logits(1)], "mean_logit", t),
+], ids=["kd_loss", "distillation_loss", "combine_teachers"])  # fmt: skip
+def test_a_temperature_must_be_finite_and_above_0(call, temperature):
+    with pytest.raises(ValueError, match="temperature: .*finite number above 0"):
+        call(temperature)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan, math.inf])
+def test_alpha_must_be_from_0_to_1(alpha):
+    with pytest.raises(ValueError, match="alpha: .*from 0 to 1"):
+        distillation_loss(logits(0), logits(1), LABELS, 4.0, alpha)
+
+
+@pytest.mark.parametrize("teachers, rule, labels, message", [
+    ([logits(0), logits(1)], "median", None, "no rule 'median'; use mean_prob, mean_logit or confidence"),
+    ([logits(0)], "mean_prob", None, "two or more teachers"),
+    ([], "mean_prob", None, "two or more teachers"),
+    ([logits(0), logits(1, classes=6)], "mean_logit", None, "one shape"),
+    ([logits(0), logits(1)], "confidence", None, "needs the label of every image"),
+    ([logits(0), logits(1)], "confidence", torch.tensor([0, 1, 2, 3, 4, -1]), "needs the label of every image"),
+])  # fmt: skip
+def test_teachers_that_cannot_be_combined(teachers, rule, labels, message):
+    with pytest.raises(ValueError, match=message):
+        combine_teachers(teachers, rule, 4.0, labels)
+
+
+extreme = st.lists(st.lists(st.sampled_from([-1e4, -50.0, 0.0, 1.0, 1e4]), min_size=5, max_size=5), min_size=6, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(extreme, extreme, st.sampled_from([0.5, 1.0, 4.0, 100.0]), st.sampled_from([torch.float32, torch.float64]))
+def test_extreme_logits_stay_finite(student, teacher, temperature, dtype):
+    student, teacher = (torch.tensor(x, dtype=dtype) for x in (student, teacher))
+
+    def loss(s):
+        both = [combine_teachers([teacher, student], rule, temperature, LABELS) for rule in RULES]
+        return sum(distillation_loss(s, t, LABELS, temperature, 0.5, 0.1) for t in [teacher, *both])
+
+    value = loss(student)
+    assert value.isfinite() and value >= 0 and gradient(loss, student).isfinite().all()

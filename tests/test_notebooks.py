@@ -1,0 +1,177 @@
+"""The four notebooks as files: one parameters cell, no outputs, no functions, no numbers typed by hand."""
+
+import ast
+import dataclasses
+import re
+
+import nbformat
+import pytest
+
+from kdutils.settings import ROOT, Settings
+
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SETTINGS = {field.name for field in dataclasses.fields(Settings)}
+each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=nbformat.NO_CONVERT)
+
+
+def code(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def prose(path):
+    return [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+
+
+def names_bound(tree):
+    """The names that a cell leaves in the notebook's namespace."""
+    inner = {id(node) for scope in ast.walk(tree)
+             if isinstance(scope, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp))
+             for generator in scope.generators for node in ast.walk(generator.target)}  # fmt: skip
+    found = {node.id for node in ast.walk(tree)
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in inner}  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    return found
+
+
+def test_there_is_one_notebook_a_task():
+    assert [path.stem for path in PATHS] == ["01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers"]
+
+
+@each
+def test_valid_nbformat_4_5(path):
+    notebook = read(path)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    nbformat.validate(notebook)
+
+
+@each
+def test_the_kernel_is_plain_python3(path):
+    metadata = read(path).metadata
+    assert metadata.kernelspec.name == "python3" and metadata.kernelspec.language == "python"
+    assert set(metadata) <= {"kernelspec", "language_info"}
+
+
+@each
+def test_cell_ids_are_unique_and_readable(path):
+    ids = [cell.id for cell in read(path).cells]
+    assert len(set(ids)) == len(ids)
+    for name in ids:
+        assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) and not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f-]+)?", name)
+
+
+@each
+def test_no_outputs_are_kept(path):
+    for cell in code(path):
+        assert cell.outputs == [] and cell.execution_count is None, cell.id
+        assert set(cell.metadata) <= {"tags"}, cell.id
+
+
+@each
+def test_the_parameters_cell_is_the_first_code_cell_and_the_only_one(path):
+    tagged = [cell.id for cell in read(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == [code(path)[0].id] and code(path)[0].source.startswith("# Parameters")
+
+
+@each
+def test_parameters_are_settings_and_leave_the_choice_to_the_profile(path):
+    tree = ast.parse(code(path)[0].source)
+    assert all(isinstance(node, ast.Assign) and len(node.targets) == 1 for node in tree.body)
+    given = {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body}
+    assert len(given) == len(tree.body) and set(given) <= SETTINGS
+    assert given.pop("profile") == "cifar10" and set(given.values()) == {None}
+    assert {"data", "data_name", "weights", "seeds", "epochs"} <= set(given)
+    lines = code(path)[0].source.splitlines()
+    assert all("#" in line for line in lines), "every parameter has its comment"
+
+
+@each
+def test_the_distillation_parameters_are_in_sight_where_they_are_used(path):
+    given = names_bound(ast.parse(code(path)[0].source))
+    for name in ("temperature", "alpha"):
+        used = any(f"settings.{name}" in cell.source for cell in code(path))
+        assert used == (name in given)
+
+
+@each
+def test_no_functions_are_defined(path):
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+    for cell in code(path):
+        assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(cell.source))), cell.id
+
+
+@each
+def test_no_later_cell_assigns_a_parameter(path):
+    """notebook_settings reads names from the notebook: run a second time, it would take such a name for a parameter."""
+    for cell in code(path)[1:]:
+        assert not names_bound(ast.parse(cell.source)) & SETTINGS, cell.id
+
+
+@each
+def test_every_import_is_used(path):
+    trees = [ast.parse(cell.source) for cell in code(path)]
+    imported = {alias.asname or alias.name for tree in trees for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}  # fmt: skip
+    used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert imported - used == set()
+
+
+@each
+def test_every_name_is_bound_before_it_is_used(path):
+    """The notebook runs top to bottom: what a cell reads, that cell or one above it made."""
+    import builtins
+
+    known = set(dir(builtins))
+    for cell in code(path):
+        tree = ast.parse(cell.source)
+        inner = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        read_here = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        assert read_here - known - inner - names_bound(tree) == set(), cell.id
+        known |= names_bound(tree)
+
+
+@each
+def test_the_names_imported_from_kdutils_exist(path):
+    import importlib
+
+    for cell in code(path):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("kdutils"):
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+@each
+def test_the_names_of_figures_and_tables_are_unique(path):
+    calls = [node for cell in code(path) for node in ast.walk(ast.parse(cell.source))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("show_figure", "show_table")]  # fmt: skip
+    names = [ast.unparse(call.args[1]) for call in calls]
+    assert len(names) >= 3 and len(set(names)) == len(names)
+    assert all(len(call.args) >= 3 for call in calls), "every one has a caption"
+
+
+def test_no_two_notebooks_show_the_same_name():
+    names = [re.findall(r'show_(?:figure|table)\([^"]*?"([a-z0-9-]+)"', cell.source, re.DOTALL)
+             for path in PATHS for cell in code(path)]  # fmt: skip
+    names = sum(names, [])
+    assert len(names) > 10 and len(set(names)) == len(names)
+
+
+@each
+def test_no_result_is_typed_by_hand(path):
+    for text in prose(path):
+        assert not re.search(r"\d+(\.\d+)?\s?(%|per ?cent|points)", text), text
+        # counts depend on the profile, the demo's are others
+        assert not re.search(r"\b\d{1,3}(,\d{3})+\b", text), text
+
+
+@each
+def test_it_reads_as_a_lab_report(path):
+    text = "\n".join(prose(path))
+    assert text.startswith("# Task ") and "**Question.**" in text and "## What it means" in text
+    assert read(path).cells[0].cell_type == "markdown"

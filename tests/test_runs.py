@@ -1,0 +1,230 @@
+"""kdutils.runs: artefacts are made once and trusted only while they fit; what a run found is written in one order."""
+
+import csv
+import json
+import shlex
+
+import pytest
+import torch
+
+from kdutils.runs import RESULT_COLUMNS, artefact, provenance, record, rerun_command, write_atomically, write_text
+from kdutils.settings import ROOT, UserError, load_settings
+
+TENSORS = {"a": torch.arange(6, dtype=torch.float16).reshape(2, 3), "b": torch.tensor([True, False])}
+FACTS = {"history": {"val_accuracy": [0.25, 0.5]}, "name": "é"}
+
+
+class Maker:
+    """Makes the artefact above and counts how often it was asked to."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return dict(TENSORS), FACTS
+
+
+def same(found):
+    tensors, facts = found[:2]
+    return facts == FACTS and tensors.keys() == TENSORS.keys() and all(
+        tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_made_once_and_loaded_afterwards(tmp_path):
+    make = Maker()
+    first, second = (artefact(tmp_path / "new", "x", {"seed": 0}, make) for _ in range(2))
+    assert make.calls == 1 and same(first) and same(second)
+    assert first.seconds == second.seconds and first.fingerprint == second.fingerprint
+
+
+def test_the_order_of_a_key_does_not_matter(tmp_path):
+    make = Maker()
+    artefact(tmp_path, "x", {"seed": 0, "data": "d"}, make)
+    artefact(tmp_path, "x", {"data": "d", "seed": 0}, make)
+    assert make.calls == 1
+
+
+@pytest.mark.parametrize("key", [{"seed": 1}, {"seed": 0, "more": None}, {}, {"seed": 0.5}, {"seed": "0"}])
+def test_another_key_is_another_file_and_the_first_is_kept(tmp_path, key):
+    make = Maker()
+    artefact(tmp_path, "x", {"seed": 0}, make)
+    (first,) = tmp_path.iterdir()
+    before = first.read_bytes()
+    artefact(tmp_path, "x", key, make)
+    assert make.calls == 2 and len(list(tmp_path.iterdir())) == 2 and first.read_bytes() == before
+
+
+def test_a_file_under_anothers_name_is_not_believed(tmp_path, capsys):
+    make = Maker()
+    artefact(tmp_path, "x", {"seed": 0}, make)
+    (first,) = tmp_path.iterdir()
+    artefact(tmp_path, "x", {"seed": 1}, make)
+    (second,) = set(tmp_path.iterdir()) - {first}
+    second.write_bytes(first.read_bytes())
+    capsys.readouterr()
+    artefact(tmp_path, "x", {"seed": 1}, make)
+    assert make.calls == 3 and second.name in capsys.readouterr().out
+
+
+def test_any_flipped_byte_is_noticed_or_harmless(tmp_path, capsys):
+    """Byte by byte through the whole file: what is loaded is what was made, or it is made again, with a line."""
+    make = Maker()
+    artefact(tmp_path, "x", {"seed": 0}, make)
+    (path,) = tmp_path.iterdir()
+    good = path.read_bytes()
+    trusted = []
+    for at in range(len(good)):
+        calls = make.calls
+        path.write_bytes(good[:at] + bytes([good[at] ^ 0x04]) + good[at + 1 :])
+        try:
+            found = artefact(tmp_path, "x", {"seed": 0}, make)
+        except Exception as error:
+            trusted.append((at, repr(error)))
+            continue
+        if not same(found):
+            trusted.append((at, "loaded as something else"))
+        said = capsys.readouterr().out
+        assert (path.name in said and "made again" in said) == (make.calls > calls)
+    assert trusted == []
+    assert make.calls > 1
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 100, -1])
+def test_a_truncated_file_is_made_again_with_a_line(tmp_path, capsys, size):
+    make = Maker()
+    artefact(tmp_path, "x", {"seed": 0}, make)
+    (path,) = tmp_path.iterdir()
+    good = path.read_bytes()
+    path.write_bytes(good[:size])
+    assert same(artefact(tmp_path, "x", {"seed": 0}, make)) and make.calls == 2
+    out = capsys.readouterr().out
+    assert path.name in out and "made again" in out and out.count("\n") == 1
+    assert same(artefact(tmp_path, "x", {"seed": 0}, make)) and make.calls == 2  # mended
+
+
+def test_a_failing_make_leaves_nothing(tmp_path):
+    def make():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        artefact(tmp_path, "x", {}, make)
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "results.csv"
+    write_text(path, "old")
+
+    def write(temporary):
+        temporary.write_text("half of the n")
+        raise RuntimeError("cut")
+
+    with pytest.raises(RuntimeError, match="cut"):
+        write_atomically(path, write)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, tiny):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as caught:
+        record(tiny(runs_dir=str(tmp_path / "file")), "01", [], {}, [])
+    message = str(caught.value)
+    assert message.startswith("runs_dir: ") and str(tmp_path / "file") in message and "choose another" in message
+
+
+def rows(task, arm, seed=0):
+    fixed = {"task": str(task), "arm": arm, "teachers": "", "labels": 40, "epochs": 2, "seed": seed, "split": "test"}
+    return [{**fixed, "metric": "nll", "value": "2.000000"}, {**fixed, "metric": "accuracy", "value": "0.500000"}]
+
+
+def test_results_have_the_exact_columns(tiny):
+    path = record(tiny(), "01_small_cnn", rows(1, "scratch"), {"data": {"name": "d"}}, [("stage", 1.23456)])
+    with path.open(newline="") as file:
+        table = list(csv.reader(file))
+    assert tuple(table[0]) == RESULT_COLUMNS == (
+        "task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
+    assert table[1] == ["1", "scratch", "", "40", "2", "0", "test", "nll", "2.000000"]
+    assert len(table) == 3 and b"\r" not in path.read_bytes()
+    assert (path.parent / "timings.csv").read_text() == "stage,seconds\nstage,1.235\n"
+
+
+def test_results_are_the_same_bytes_whatever_ran_first(tiny, tmp_path):
+    found = {"01_small_cnn": rows(1, "scratch"), "03_one_teacher": rows(3, "kd"), "04_two_teachers": rows(4, "kd_mean")}
+    contents = []
+    for number, order in enumerate([list(found), list(found)[::-1], [*found, "01_small_cnn"]]):
+        settings = tiny(runs_dir=str(tmp_path / f"runs{number}"))
+        for name in order:
+            facts = {"data": {"name": "d"}} | ({"weights": {}} if name != "01_small_cnn" else {})
+            path = record(settings, name, found[name], facts, [(name, 1.0)])
+        contents.append((path.read_bytes(), (path.parent / "provenance.json").read_bytes()))
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_what_ran_under_other_settings_is_left_out(tiny, capsys):
+    record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [("old", 1.0)])
+    path = record(tiny(epochs=3), "03_one_teacher", rows(3, "kd"), {}, [("new", 1.0)])
+    assert "01_small_cnn" in capsys.readouterr().out
+    assert "kd" in path.read_text() and "scratch" not in path.read_text()
+    assert "old" not in (path.parent / "timings.csv").read_text()
+    path = record(tiny(epochs=3), "01_small_cnn", rows(1, "scratch"), {}, [])
+    assert path.read_text().count("scratch") == 2 and path.read_text().count("kd") == 2
+
+
+def test_rows_are_kept_when_only_the_machine_changes(tiny):
+    record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [])
+    path = record(tiny(threads=1), "03_one_teacher", rows(3, "kd"), {}, [])
+    assert "scratch" in path.read_text() and "kd" in path.read_text()
+
+
+@pytest.mark.parametrize("overrides", [
+    {}, {"epochs": 3, "seeds": [0]}, {"temperature": 2.5, "data_name": "it's mine; really"},
+    {"weights": "generated", "generated_images": 500}, {"learning_rate": 1e-5, "alpha": 0},
+])  # fmt: skip
+def test_the_command_of_a_run_runs_it_again(overrides):
+    settings = load_settings("demo", **overrides)
+    words = shlex.split(rerun_command(settings))
+    assert words[:6] == ["python", "-m", "kdutils", "run", "--profile", "demo"]
+    given = words[6:]
+    assert given[::3] == ["-p"] * (len(given) // 3)
+    again = load_settings("demo", **dict(zip(given[1::3], given[2::3], strict=True)))
+    assert again.identity() == settings.identity()
+    assert set(given[1::3]) == {name for name, value in overrides.items() if value != getattr(load_settings("demo"), name)}
+
+
+def test_numbers_that_yaml_reads_as_text_are_no_parameters_of_the_command(tiny_profile):
+    settings = load_settings(tiny_profile(learning_rate="3e-3", temperature=4))
+    assert " -p " not in rerun_command(settings)
+
+
+def texts(value):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from texts(key)
+            yield from texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts(inner)
+    else:
+        yield str(value)
+
+
+@pytest.mark.parametrize("overrides", [
+    {}, {"data": f"folder:{ROOT}/data/mine"}, {"profile": f"{ROOT}/notebooks/profiles/demo.yaml"},
+], ids=["profile", "data", "profile-path"])  # fmt: skip
+def test_provenance_holds_no_absolute_path(tmp_path, overrides):
+    """Also when folders inside the project were given by their whole path."""
+    overrides = {"profile": "demo", **overrides}
+    settings = load_settings(overrides.pop("profile"), runs_dir=str(tmp_path), **overrides)
+    found = provenance(settings)
+    assert json.loads(json.dumps(found)) == found
+    for text in texts(found):
+        assert str(ROOT) not in text and str(tmp_path) not in text
+
+
+def test_provenance_says_what_the_numbers_depend_on(tiny):
+    found = provenance(tiny(epochs=3))
+    assert found["settings"]["epochs"] == 3 and "runs_dir" not in found["settings"]
+    assert (found["device"], found["precision"]) == ("cpu", "float32")
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"python", "commit", "command"} <= set(found)

@@ -1,0 +1,236 @@
+"""kdutils.settings: every parameter checked once, with one clear line for what will not do."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from kdutils.settings import PROFILES, ROOT, Settings, UserError, load_settings, notebook_settings
+
+MACHINE = {"profile", "data_dir", "runs_dir", "device", "precision", "threads", "feature_memory_gb"}
+OTHER = {  # another possible value of every setting, in the tiny profile
+    "profile": "demo", "data": "cifar10", "data_name": "my images", "train_size": 41, "val_size": 11, "test_size": 11,
+    "split_seed": 1, "max_shift": 2, "shift_step": 2, "seeds": [0], "epochs": 3, "batch_size": 11,
+    "optimizer": "sgd", "schedule": "cosine", "learning_rate": 0.1, "weight_decay": 0.0, "label_smoothing": 0.0,
+    "temperature": 1.0, "alpha": 0.5, "kd_label_smoothing": 0.1, "weights": "imagenet", "teacher_size": 64,
+    "teacher_seeds": [1], "teacher_views": 1, "teacher_batch_size": 10, "teacher_optimizer": "adam",
+    "teacher_schedule": "constant", "teacher_label_smoothing": 0.1, "resnet50_trainable": "last_block",
+    "resnet50_epochs": 2, "resnet50_learning_rate": 0.1, "resnet50_weight_decay": 0.1,
+    "resnet18_trainable": "last_layer", "resnet18_epochs": 2, "resnet18_learning_rate": 0.1,
+    "resnet18_weight_decay": 0.1, "generated_images": 500, "generated_epochs": 9, "data_dir": "elsewhere",
+    "runs_dir": "elsewhere", "device": "mps", "precision": "bfloat16", "threads": 1, "feature_memory_gb": 1.0,
+}  # fmt: skip
+
+
+def message_of(call, *arguments, **named):
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **named)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.yaml")))
+def test_every_profile_loads(profile):
+    settings = load_settings(profile, weights="none")  # the folder of weights is no part of a checkout
+    assert settings.run_folder == ROOT / "runs" / profile
+    assert settings.device in ("cpu", "cuda", "mps") and settings.precision in ("float32", "bfloat16")
+
+
+def test_the_profiles_of_the_documentation_are_there():
+    assert {"demo", "cifar10", "cifar10-standin"} <= {path.stem for path in PROFILES.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("profile", ["demmo", "", None, 3, "nowhere.yaml", "Makefile", "notebooks/profiles"])
+def test_an_unknown_profile_is_named_with_those_there_are(profile):
+    message = message_of(load_settings, profile)
+    assert message.startswith("profile: ") and str(profile) in message
+    assert "cifar10, cifar10-standin, demo" in message and ".yaml" in message
+
+
+@pytest.mark.parametrize("name, near", [("temprature", "temperature"), ("Alpha", "alpha"), ("epoch", "epochs")])
+def test_an_unknown_setting_brings_a_suggestion(tiny, name, near):
+    assert f"no setting '{name}'; did you mean '{near}'?" in message_of(tiny, **{name: 1})
+
+
+def test_a_name_like_no_setting_brings_the_list(tiny):
+    message = message_of(tiny, zzzzzz=1)
+    assert "'zzzzzz'" in message and "temperature" in message and "epochs" in message
+
+
+WHOLE, ABOVE_0, FRACTION = "a whole number, at least", "a finite number above 0", "a number from 0 to 1"
+LIST = "a list of one or more different whole numbers"
+
+
+@pytest.mark.parametrize("name, value, rule", [
+    *[("temperature", value, ABOVE_0) for value in (
+        0, -1, math.nan, math.inf, -math.inf, "0", "nan", "inf", "hot", "", [4.0], True, "{[]: 1}")],
+    pytest.param("temperature", 10**400, ABOVE_0, id="temperature-too-large-for-a-float"),
+    *[("alpha", value, FRACTION) for value in (-0.1, 1.1, "1.1", math.nan, "half", [0.5], True)],
+    *[("seeds", value, LIST) for value in (
+        [], [0, 0], "abc", [-1], 3, "3", [0.5], ["0"], [True], "[]", "[0, 0]", "[0, 1", 2**31, [2**31], {0, 1})],
+    *[("teacher_seeds", value, LIST) for value in ([], [1, 1])],
+    *[("epochs", value, f"{WHOLE} 1") for value in (0, -3, 2.5, "many", "2.5", True, math.inf, [3])],
+    ("train_size", 9, f"{WHOLE} 10"), ("val_size", 0, f"{WHOLE} 10"), ("test_size", -1, f"{WHOLE} 10"),
+    ("batch_size", 1, f"{WHOLE} 2"), ("split_seed", -1, f"{WHOLE} 0"),
+    ("max_shift", 16, "from 0 to 15"), ("max_shift", -1, "from 0 to 15"), ("shift_step", 0, f"{WHOLE} 1"),
+    ("learning_rate", 0, ABOVE_0), ("learning_rate", "fast", ABOVE_0), ("weight_decay", -1e-9, "0 or above"),
+    ("label_smoothing", 1.0, "0 to below 1"), ("kd_label_smoothing", -0.1, "0 to below 1"),
+    ("optimizer", "Adam", "'adam', 'adamw', 'sgd'"), ("schedule", "onecycle", "'constant', 'cosine', 'one_cycle'"),
+    ("resnet18_trainable", "all", "'last_layer', 'last_block'"), ("teacher_size", 31, "from 32 to 512"),
+    *[("data", value, "'cifar10', 'shapes10' or 'folder:PATH'") for value in ("mnist", "folder:", "folder: ", 3, "")],
+    ("data_name", " ", "not empty"), ("weights", "", "not empty"), ("data_dir", "", "not empty"),
+    ("device", "tpu", "'auto', 'cpu', 'cuda', 'mps'"), ("precision", "float16", "'auto', 'float32', 'bfloat16'"),
+    ("threads", 0, f"{WHOLE} 1"), ("feature_memory_gb", 0, ABOVE_0),
+])  # fmt: skip
+def test_an_impossible_value_is_named_with_the_rule(tiny, name, value, rule):
+    message = message_of(tiny, **{name: value})
+    assert message.startswith(f"{name}: ") and "it must be" in message and rule in message
+    shown = repr(value)
+    assert shown[:20].strip("'") in message
+
+
+@pytest.mark.parametrize("name, given, expected", [
+    ("seeds", "[0, 1]", [0, 1]), ("seeds", (3, 4), [3, 4]), ("epochs", "3", 3), ("threads", "2", 2),
+    ("learning_rate", "1e-3", 0.001), ("learning_rate", 1, 1.0), ("temperature", "4", 4.0), ("temperature", 4, 4.0),
+    ("alpha", 0, 0.0), ("alpha", "1", 1.0), ("weight_decay", 0, 0.0), ("feature_memory_gb", "2", 2.0),
+    ("data_name", "2024", "2024"), ("data_name", "[1]", "[1]"), ("data_dir", "2024", "2024"),
+    ("runs_dir", "1e3", "1e3"), ("data", "shapes10", "shapes10"), ("data_name", "None", "None"),
+])  # fmt: skip
+def test_values_arrive_as_text_or_as_numbers_and_mean_the_same(tiny, name, given, expected):
+    """papermill's -p and YAML deliver lists, whole numbers and 1e-3 as text; a text setting keeps its text."""
+    found = getattr(tiny(**{name: given}), name)
+    assert found == expected and type(found) is type(expected)
+
+
+def test_none_keeps_the_profiles_value(tiny):
+    assert tiny(temperature=None, seeds=None) == tiny()
+
+
+@pytest.mark.parametrize("one, other", [({"temperature": 4}, {"temperature": "4.0"}), ({"alpha": 1}, {"alpha": 1.0}),
+                                        ({"seeds": (0, 1)}, {"seeds": "[0, 1]"})])  # fmt: skip
+def test_the_same_value_written_otherwise_is_the_same_run(tiny, one, other):
+    assert tiny(**one).digest() == tiny(**other).digest()
+
+
+@pytest.mark.parametrize("text, fragments", [
+    ("epochs: 3\nepochs: 4\n", ["'epochs' stands twice", "not valid YAML"]),
+    ("epochs: [3\n", ["not valid YAML"]),
+    ("? [1, 2]\n: 3\n", ["not valid YAML"]),
+    ("", ["'setting: value'"]),
+    ("- epochs\n", ["'setting: value'"]),
+    ("temprature: 3\n", ["'temprature'", "did you mean 'temperature'?"]),
+    ("1: 2\n", ["no setting '1'"]),
+    (b"epochs: \xff\n", ["not valid YAML"]),
+])  # fmt: skip
+def test_a_damaged_profile_is_named(tmp_path, text, fragments):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = message_of(load_settings, str(path))
+    assert message.startswith("profile") and "broken" in message
+    assert all(fragment in message for fragment in fragments), message
+
+
+def test_a_missing_setting_is_named_with_the_remedy(tiny_profile):
+    message = message_of(load_settings, tiny_profile(temperature=None))
+    assert "'temperature' is missing" in message and "add a line" in message
+
+
+def test_a_bad_value_in_the_profile_is_refused_too(tiny_profile):
+    assert message_of(load_settings, tiny_profile(alpha=2)).startswith("alpha: 2")
+
+
+@pytest.mark.parametrize("max_shift, shift_step", [(4, 3), (1, 2), (3, 2)])
+def test_a_step_must_divide_the_greatest_shift(tiny, max_shift, shift_step):
+    message = message_of(tiny, max_shift=max_shift, shift_step=shift_step)
+    assert message.startswith("shift_step: ") and str(shift_step) in message and f"max_shift = {max_shift}" in message
+
+
+@pytest.mark.parametrize("name", ["batch_size", "teacher_batch_size"])
+def test_a_batch_must_fit_into_the_training_images(tiny, name):
+    message = message_of(tiny, **{name: 41})
+    assert name in message and "41" in message and "train_size = 40" in message
+
+
+def test_an_absent_folder_of_weights_is_named(tiny):
+    message = message_of(tiny, weights="no/such/folder")
+    assert message.startswith("weights: ") and "no/such/folder" in message and "'imagenet'" in message
+    assert "resnet18.safetensors" in message
+
+
+def test_a_home_folder_that_is_nobodys_is_no_traceback(tiny):
+    assert "~nobody-of-that-name" in message_of(tiny, weights="~nobody-of-that-name/weights")
+
+
+@pytest.mark.parametrize("missing", ["resnet18", "resnet50"])
+def test_a_folder_without_an_architectures_weights_is_named(tiny, tmp_path, missing):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / ("resnet50.safetensors" if missing == "resnet18" else "resnet18.pth")).touch()
+    message = message_of(tiny, weights=str(folder))
+    assert message.startswith("weights: ") and str(folder) in message and f"no {missing}.safetensors" in message
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_named(tiny, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    message = message_of(tiny, device=device)
+    assert message.startswith("device: ") and f"'{device}'" in message and "'cpu'" in message
+    assert tiny(device="auto").device == "cpu"
+
+
+def test_bad_input_leaves_no_trace(tiny, tmp_path):
+    message_of(tiny, temperature=0)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_table_above_names_every_setting():
+    assert set(OTHER) == {field.name for field in dataclasses.fields(Settings)}
+
+
+@pytest.mark.parametrize("name", sorted(set(OTHER) - MACHINE))
+def test_what_results_depend_on_is_in_the_identity(tiny, name):
+    settings = tiny()
+    other = dataclasses.replace(settings, **{name: OTHER[name]})
+    assert other.identity() != settings.identity() and other.digest() != settings.digest()
+
+
+@pytest.mark.parametrize("name", sorted(MACHINE))
+def test_where_and_how_fast_is_not_in_the_identity(tiny, name):
+    settings = tiny()
+    other = dataclasses.replace(settings, **{name: OTHER[name]})
+    assert other != settings and other.identity() == settings.identity()
+    assert (other.digest() == settings.digest()) == (name != "precision")  # precision changes the numbers a little
+
+
+def test_a_notebooks_names_are_read(tiny_profile):
+    cell = "# Parameters\nprofile = ...\nepochs = 7\nseeds = None"
+    namespace = {"In": ["", cell, "colour = 3"], "profile": tiny_profile(), "epochs": 7, "seeds": None, "colour": 3}
+    settings = notebook_settings(namespace)
+    assert (settings.epochs, settings.seeds) == (7, [0, 1])
+
+
+@pytest.mark.parametrize("cell", [
+    "# Parameters\ntemprature = 3",
+    "# Parameters of this notebook; None takes the profile's value\nepochs = None\ntemprature = 3  # soft",
+    "\n# Parameters\ntemprature: float = 3",
+    "# Parameters\nepochs, temprature = 3, 4",
+])  # fmt: skip
+def test_a_typing_mistake_in_a_parameters_cell_is_refused(tiny_profile, cell):
+    namespace = {"In": ["", "# Parameters\nepochs = 3", cell], "profile": tiny_profile(), "temprature": 3}
+    assert "did you mean 'temperature'?" in message_of(notebook_settings, namespace)
+
+
+def test_other_cells_may_use_any_name(tiny_profile):
+    namespace = {"In": ["temprature = 3", "x = 1  # Parameters"], "profile": tiny_profile(), "temprature": 3}
+    assert notebook_settings(namespace).temperature == 4.0
+
+
+def test_a_notebook_without_ipython_and_profile_takes_cifar10():
+    assert notebook_settings({"weights": "none"}).profile == "cifar10"
+
+
+def test_a_notebook_shows_the_message_and_no_traceback():
+    assert UserError("alpha: 2 will not do")._render_traceback_() == ["UserError: alpha: 2 will not do"]
