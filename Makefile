@@ -24,7 +24,7 @@ apt_install = { command -v apt-get && { test "$$(id -u)" = 0 || sudo -n true; };
 # The stamp holds the folder it was made in: an environment that moved with its folder is made again.
 stamp = .venv/.stamp-setup
 
-.PHONY: help setup tex demo report pdf test bench clean distclean
+.PHONY: help setup tex demo report pdf test clean distclean
 ifneq ($(shell cat $(stamp) 2>/dev/null),$(CURDIR))
 .PHONY: $(stamp)
 endif
@@ -73,8 +73,8 @@ tex:
 		echo '    sudo apt-get update && sudo apt-get install --no-install-recommends $(tex_packages)'; }
 
 demo: setup
-	$(run) run --profile demo $(PARAMS)
-	$(run) report --profile demo $(PARAMS)
+	$(run) run --profile demo $(params)
+	$(run) report --profile demo $(params)
 
 report: setup
 	$(run) run --profile $(call quote,$(PROFILE)) $(params)
@@ -85,9 +85,6 @@ pdf: setup
 
 test: setup
 	.venv/bin/python -m pytest -q
-
-bench: setup
-	$(run) bench
 
 clean:
 	rm -rf .pytest_cache .hypothesis .ruff_cache build kdutils.egg-info report/build

@@ -3,11 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from kdutils import pipeline
 from kdutils.report import REPORT, LatexMissing
-from kdutils.settings import Settings, UserError, load_settings, shown_path
+from kdutils.settings import Settings, UserError, load_settings, project_path, shown_path
 
 EXAMPLES = """examples:
   python -m kdutils run --profile demo                      the four notebooks on generated images, in minutes
@@ -76,7 +75,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    out = Path(options.out).resolve() if options.out else None
+    out = project_path(options.out) if options.out else None
     if options.pdf_only:
         folder = out or REPORT
         print(f"report: {shown_path(pipeline.typeset(folder / 'generated', folder / 'report.pdf'))}")

@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kdutils import shapes
-from kdutils.runs import artefact, tensor_checksum
+from kdutils.runs import artefact, network_timeout, tensor_checksum
 from kdutils.settings import Settings, UserError, project_path, shown_path
 
 NUM_CLASSES = 10
@@ -44,7 +46,9 @@ class Dataset(NamedTuple):
     val: Split
     test: Split
     checksum: str
+    part_checksums: dict[str, str]
     is_generated: bool
+    is_cifar10: bool
 
     @property
     def facts(self) -> dict:
@@ -52,7 +56,7 @@ class Dataset(NamedTuple):
         sizes = {part: len(getattr(self, part).labels) for part in ("train", "val", "test")}
         return {
             "name": self.name, "classes": self.classes, "checksum": self.checksum,
-            "is_generated": self.is_generated, "is_cifar10": self.name == CIFAR10_NAME, **sizes,
+            "is_generated": self.is_generated, "is_cifar10": self.is_cifar10, **sizes,
         }  # fmt: skip
 
 
@@ -69,10 +73,11 @@ def load_data(settings: Settings) -> Dataset:
     else:
         folder = project_path(kind.removeprefix("folder:").strip())
         default_name, (classes, train, test) = folder.name, _folder(folder, settings)
-    if kind != "cifar10" and settings.data_name == CIFAR10_NAME:
+    name = settings.data_name or default_name
+    if kind != "cifar10" and name == CIFAR10_NAME:
         raise UserError(
             f"data_name: '{CIFAR10_NAME}' names the original images (data = cifar10); "
-            "call these otherwise, for example 'CIFAR-10, JPEG re-encoding'"
+            "give another, for example 'CIFAR-10, JPEG re-encoding'"
         )
     sizes = (settings.train_size, settings.val_size)
     indices = stratified_split(train.labels, sizes, settings.split_seed, "train_size + val_size")
@@ -85,9 +90,11 @@ def load_data(settings: Settings) -> Dataset:
     checksum = tensor_checksum(
         {f"{part}_{field}": tensor for part, split in parts.items() for field, tensor in split._asdict().items()}
     )[:16]
-    on_device = {part: split.to(settings.device) for part, split in parts.items()}
-    return Dataset(settings.data_name or default_name, classes, **on_device, checksum=checksum,
-                   is_generated=kind == "shapes10")  # fmt: skip
+    return Dataset(
+        name, classes, **{part: split.to(settings.device) for part, split in parts.items()}, checksum=checksum,
+        part_checksums={part: tensor_checksum(split._asdict())[:16] for part, split in parts.items()},
+        is_generated=kind == "shapes10", is_cifar10=kind == "cifar10",
+    )  # fmt: skip
 
 
 def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int, name: str = "sizes") -> list[Tensor]:
@@ -124,9 +131,10 @@ def _cifar10(folder: Path) -> tuple[list[str], Split, Split]:
     parts = []
     for train in (True, False):
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # torchvision's "already downloaded"
+            # redirected: torchvision's "already downloaded"
+            with contextlib.redirect_stdout(io.StringIO()), network_timeout():
                 part = CIFAR10(str(folder), train=train, download=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, HTTPException) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"data: CIFAR-10 is not in {shown_path(folder)} and cannot be downloaded ({reason}); put "
@@ -165,7 +173,7 @@ def _folder(folder: Path, settings: Settings) -> tuple[list[str], Split, Split]:
     for part, by_class in files.items():
         for name in classes:
             for path in by_class[name]:
-                facts = path.stat()
+                facts = _stat(path)
                 listed.update(f"{part}/{name}/{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     key = {"what": "decoded images", "files": listed.hexdigest(), "size": IMAGE_SIZE}
 
@@ -185,10 +193,19 @@ def _list_images(folder: Path) -> dict[str, list[Path]]:
         raise UserError(f"data: there is no folder {shown_path(folder)}; it must hold one folder of images a class")
     found = {}
     for sub in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        found[sub.name] = sorted(path for path in sub.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        found[sub.name] = sorted(
+            path for path in sub.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        )
         if not found[sub.name]:
             raise UserError(f"data: the class folder {shown_path(sub)} holds no images; add some or remove it")
     return found
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UserError(f"data: {shown_path(path)} cannot be read ({error.strerror}); mend or remove it") from error
 
 
 def _decode(by_class: dict[str, list[Path]], classes: Sequence[str], part: str) -> Split:
@@ -208,6 +225,8 @@ def read_image(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip to white
+                    image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
                 rgb = ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning,
             Image.DecompressionBombError) as error:  # fmt: skip

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import math
 from collections import OrderedDict
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kdutils.runs import network_timeout
 from kdutils.settings import UserError, project_path, shown_path, weights_file
 
 # ImageNet's mean and standard deviation of the channels (R, G, B), as torchvision's models expect them
@@ -67,7 +69,7 @@ class Backbone(NamedTuple):
 
 
 class Resize(nn.Module):
-    """Bilinear resize of float [B, 3, H, W] to `size` x `size`, anti-aliased when it shrinks."""
+    """Bilinear enlargement of float [B, 3, H, W] to `size` x `size`."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -76,8 +78,7 @@ class Resize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2:] == (self.size, self.size):
             return x
-        shrinks = x.shape[-1] > self.size
-        return F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False, antialias=shrinks)
+        return F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
 
 
 def load_backbone(arch: str, weights: str) -> Backbone:
@@ -143,16 +144,20 @@ def _imagenet_state(arch: str) -> tuple[dict[str, Tensor], str, bool, str]:
     from torchvision import models
 
     weights = models.get_model_weights(arch).IMAGENET1K_V1
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+    expected = weights.url.rsplit("-", 1)[-1].removesuffix(".pth")  # the name carries the start of the SHA-256
+    if cached.is_file() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(expected):
+        raise UserError(f"weights: the downloaded {cached} is damaged (its checksum does not fit); delete it")
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
+        with network_timeout():
+            state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError, HTTPException) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"weights: {arch}'s ImageNet weights cannot be downloaded ({reason}); get {weights.url} elsewhere, name it "
             f"{arch}.pth and give its folder as weights, or use weights = generated or none"
         ) from error
-    # the file's name carries the start of its SHA-256, which check_hash verified
-    return state, "ImageNet-1k (torchvision IMAGENET1K_V1)", False, weights.url.rsplit("-", 1)[-1].removesuffix(".pth")
+    return state, "ImageNet-1k (torchvision IMAGENET1K_V1)", False, expected
 
 
 def cut(model: nn.Module, trainable: str, size: int, num_classes: int, seed: int) -> tuple[nn.Sequential, nn.Sequential]:

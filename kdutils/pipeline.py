@@ -1,6 +1,7 @@
 """The notebooks in batch, through papermill; the report made of them; `python -m kdutils` calls these."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -19,8 +20,10 @@ from kdutils.data import load_data
 from kdutils.metrics import parameter_count
 from kdutils.models import SmallCNN, load_backbone
 from kdutils.results import read_results
+from kdutils.runs import write_text
 from kdutils.settings import ARCHITECTURES, ROOT, Settings, UserError, apply_threads, load_settings, shown_path
 
+EXECUTED_WITH = "executed-with.txt"  # beside the executed notebooks: the digest of their settings
 NOTEBOOKS = ("01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers")
 
 
@@ -32,13 +35,13 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     """
     settings = load_settings(profile, **parameters)
     apply_threads(settings)
-    dataset = load_data(settings)
+    data_name = load_data(dataclasses.replace(settings, device="cpu")).name
     if settings.weights != "generated":
         for arch in ARCHITECTURES:
             load_backbone(arch, settings.weights)
-    print(f"{dataset.name}; {settings.device}, {settings.precision}; artefacts in {shown_path(settings.run_folder)}")
+    print(f"{data_name}; {settings.device}, {settings.precision}; artefacts in {shown_path(settings.run_folder)}")
     folder = settings.run_folder / "notebooks"
-    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / EXECUTED_WITH, settings.digest())
     given = {"profile": profile} | {name: getattr(settings, name) for name in parameters}
     start = time.monotonic()
     for name in NOTEBOOKS:
@@ -56,6 +59,8 @@ def _minutes(seconds: float) -> str:
 
 def _execute(name: str, output: Path, parameters: Mapping[str, Any], settings: Settings) -> None:
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     # it warns of every parameter that a notebook does not list; the notebooks refuse those that are no settings
@@ -67,6 +72,11 @@ def _execute(name: str, output: Path, parameters: Mapping[str, Any], settings: S
                 kernel_name="python3", cwd=str(ROOT / "notebooks"), progress_bar=False,
                 extra_arguments=["--IPKernelApp.log_level=ERROR"],
             )  # fmt: skip
+    except (DeadKernelError, NoSuchKernel) as error:
+        raise UserError(
+            f"{name} lost its Python kernel ({error}); if memory ran out, lower teacher_size, teacher_views or "
+            f"feature_memory_gb (what had run: {shown_path(output)})"
+        ) from error
     except PapermillExecutionError as error:
         reason = error.evalue if error.ename in ("UserError", "TrainingError") else f"{error.ename}: {error.evalue}"
         raise UserError(
@@ -77,8 +87,7 @@ def _execute(name: str, output: Path, parameters: Mapping[str, Any], settings: S
 @contextlib.contextmanager
 def _progress_log(path: Path) -> Iterator[None]:
     """Show in this terminal the progress lines that trainings in a notebook's kernel append to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("", encoding="utf-8")
+    write_text(path, "")
     os.environ["KDUTILS_PROGRESS"] = str(path)
     stop = threading.Event()
 
@@ -112,6 +121,14 @@ def export(settings: Settings, out: Path) -> Path:
         raise UserError(
             f"report: {shown_path(settings.run_folder)} was last run with other settings; "
             f"run it again with these, or report with: {provenance['command'].replace(' run ', ' report ', 1)}"
+        )
+    folder = settings.run_folder / "notebooks"
+    digest = (folder / EXECUTED_WITH).read_text(encoding="utf-8") if (folder / EXECUTED_WITH).is_file() else None
+    tasks = set(results.task)
+    if digest != settings.digest() or not tasks >= {"1", "2", "3", "4"}:
+        raise UserError(
+            f"report: {shown_path(folder)} does not hold all four notebooks as run with these settings; "
+            f"run them again: {provenance['command']}"
         )
     generated = out / "generated"
     notebooks = [settings.run_folder / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS]
@@ -155,7 +172,7 @@ def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
     words = {"notice/data": about_data, "notice/weights": about_weights}
     words["student/parameters"] = f"{parameter_count(SmallCNN()):,}"
     views = {facts["views_trained"] for facts in weights.values()}
-    words["words/teacher_views"] = " and ".join(f"{count} views" for count in sorted(views))
+    words["words/teacher_views"] = " or ".join(f"{count} view{'s' * (count > 1)}" for count in sorted(views))
     return words | {f"{arch}/weights-words": facts["description"] for arch, facts in weights.items()}
 
 

@@ -341,8 +341,6 @@ def _setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
     for name in ("seeds", "teacher_seeds"):
         if name in settings:
             words[f"words/{name}"] = _count(len(settings[name]), "seed")
-    if "teacher_views" in settings:
-        words["words/teacher_views"] = _count(settings["teacher_views"], "view")
     if {"max_shift", "shift_step"} <= settings.keys():
         shifts = 2 * settings["max_shift"] // settings["shift_step"] + 1
         words["words/views"] = _count(2 * shifts**2, "view")

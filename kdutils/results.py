@@ -67,8 +67,13 @@ def _rows(task, arm, teachers, epochs, seed, found: Scores, settings: Settings) 
 
 
 def column(runs: Sequence[StudentRun | TeacherRun], dataset: Dataset, part: str, metric: str) -> list[float]:
-    """One measure of every run, in the order of the seeds."""
-    return [scores(run, dataset)[part, metric] for run in runs]
+    """One measure of every run, in the order of the seeds; `metric` as in `results.csv`."""
+    measure = {
+        "accuracy": metrics.accuracy, "nll": metrics.nll, "ece": metrics.ece,
+        "entropy": lambda logits, labels: metrics.predictive_entropy(logits),
+        "macro_f1": lambda logits, labels: metrics.macro_scores(logits, labels)["f1"],
+    }[metric]  # fmt: skip
+    return [measure(run.logits[part], getattr(dataset, part).labels) for run in runs]
 
 
 def spread(values: Sequence[float], percent: bool = False) -> str:
@@ -97,7 +102,8 @@ def comparison(
             "Seeds": len(runs),
         }
         if baseline is not None:
-            line["Difference"] = "–" if runs is baseline else difference_text(runs, baseline, dataset)
+            is_student = isinstance(runs[0], StudentRun) and runs is not baseline
+            line["Difference"] = difference_text(runs, baseline, dataset) if is_student else "–"
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -115,7 +121,7 @@ def note(dataset: Dataset, *teachers: Teacher) -> str:
     parts = []
     if dataset.is_generated:
         parts.append("Generated images: a demonstration.")
-    elif not dataset.facts["is_cifar10"]:
+    elif not dataset.is_cifar10:
         parts.append(f"Images: {dataset.name}.")
     standins = {teacher.description: None for teacher in teachers if teacher.is_standin}
     if standins:
@@ -159,18 +165,19 @@ def finish(
     rows: Sequence[dict],
     dataset: Dataset,
     teachers: Sequence[Teacher] = (),
-    students: Sequence[Sequence[StudentRun]] = (),
+    students: Iterable[Sequence[StudentRun]] = (),
 ) -> Path:
     """Record a notebook's rows, the facts on data and weights, and the times; returns the path of results.csv."""
     facts: dict[str, Any] = {"data": dataset.facts}
+    made_of = {"data": dataset.checksum} | {f"{teacher.arch} weights": teacher.checksum for teacher in teachers}
+    trained = [run for arm in students for run in arm]
+    made_of |= {f"{' '.join((run.arm, *run.teachers))}, seed {run.seed}": run.fingerprint for run in trained}
     if teachers:
         facts["weights"] = {teacher.arch: teacher.facts for teacher in teachers}
     timings = [(f"{t.arch}: features of every view", t.feature_seconds) for t in teachers if t.feature_seconds]
     timings += [(f"{t.arch}: fine-tuning, seed {run.seed}", run.seconds) for t in teachers for run in t.runs]
-    timings += [
-        (f"student, {' '.join((run.arm, *run.teachers))}, seed {run.seed}", run.seconds) for arm in students for run in arm
-    ]
-    return record(settings, notebook, rows, facts, timings)
+    timings += [(f"student, {' '.join((run.arm, *run.teachers))}, seed {run.seed}", run.seconds) for run in trained]
+    return record(settings, notebook, rows, facts, timings, made_of)
 
 
 def read_results(folder: Path) -> pd.DataFrame:

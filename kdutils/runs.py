@@ -1,16 +1,19 @@
 """Artefacts of a run: made once, written atomically, loaded again only while what they depend on is unchanged."""
 
+import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
 import os
 import platform
 import shlex
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kdutils.settings import ROOT, Settings, UserError, default_of, read_profile, shown_path
+from kdutils.settings import ROOT, Settings, UserError, checked, default_of, read_profile, shown_path
 
 FORMAT = 1  # raise it when an artefact's content changes its meaning: older ones are then made again
 RESULT_COLUMNS = ("task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
@@ -75,13 +78,8 @@ def artefact(
     tensors, facts = make()
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     made = Artefact(tensors, facts, fingerprint(key), time.perf_counter() - start)
-    header = {
-        "fingerprint": made.fingerprint,
-        "checksum": tensor_checksum(tensors),
-        "key": json.dumps(key, sort_keys=True),
-        "facts": json.dumps(facts),
-        "seconds": repr(made.seconds),
-    }
+    about = json.dumps({"key": dict(key), "facts": facts, "seconds": made.seconds}, sort_keys=True)
+    header = {"fingerprint": made.fingerprint, "about": about, "checksum": _checksum(tensors, about)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
     return made
 
@@ -96,9 +94,14 @@ def _load(path: Path) -> Artefact | str:
         return f"cannot be read ({error})"
     if header.get("fingerprint") != path.stem.rsplit("-", 1)[-1]:
         return "was made under other settings"
-    if header.get("checksum") != tensor_checksum(tensors):
+    if header.get("checksum") != _checksum(tensors, header.get("about", "")):
         return "is damaged (its checksum does not fit)"
-    return Artefact(tensors, json.loads(header["facts"]), header["fingerprint"], float(header["seconds"]))
+    about = json.loads(header["about"])
+    return Artefact(tensors, about["facts"], header["fingerprint"], about["seconds"])
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
+    return hashlib.sha256(f"{tensor_checksum(tensors)} {about}".encode()).hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -120,6 +123,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def network_timeout(seconds: float = 30.0) -> Iterator[None]:
+    """Let downloads inside give up when nothing arrives for so long, instead of waiting for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -131,22 +145,26 @@ def record(
     rows: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
     timings: Iterable[tuple[str, float]],
+    made_of: Mapping[str, str],
 ) -> Path:
     """Write what a notebook found, and make `results.csv`, `provenance.json` and `timings.csv` anew.
 
-    They hold what all notebooks found under the present settings; rows of other settings are left out.
+    They hold what all notebooks found under the present settings. `made_of` names what the rows depend on besides
+    (data, weights, trained networks) by checksum; what another notebook found of other such things is left out.
     Returns the path of `results.csv`.
     """
     folder = settings.run_folder
-    mine = {"settings": settings.digest(), "rows": list(rows), "facts": dict(facts), "timings": list(timings)}
+    made_of = {"settings": settings.digest(), **made_of}
+    mine = {"made_of": made_of, "rows": list(rows), "facts": dict(facts), "timings": list(timings)}
     write_text(folder / "found" / f"{notebook}.json", json.dumps(mine, indent=1))
     found = []
     for path in sorted((folder / "found").glob("*.json")):
         entry = json.loads(path.read_text(encoding="utf-8"))
-        if entry["settings"] == settings.digest():
-            found.append(entry)
+        differing = [name for name, checksum in entry["made_of"].items() if made_of.get(name, checksum) != checksum]
+        if differing:
+            print(f"results.csv: leaves out {path.stem}, which last ran with other {', '.join(differing[:3])}")
         else:
-            print(f"results.csv: leaves out {path.stem}, which last ran with other settings")
+            found.append(entry)
     all_rows = [row for entry in found for row in entry["rows"]]
     write_text(folder / "results.csv", _as_csv(RESULT_COLUMNS, [[row[c] for c in RESULT_COLUMNS] for row in all_rows]))
     all_timings = {stage: seconds for entry in found for stage, seconds in entry["timings"]}
@@ -185,17 +203,20 @@ def provenance(settings: Settings) -> dict[str, Any]:
 def rerun_command(settings: Settings) -> str:
     """The command that runs the same again, with paths relative to the project's folder."""
     profile = read_profile(settings.profile)
-    words = ["python", "-m", "kdutils", "run", "--profile", settings.profile]
+    words = ["python", "-m", "kdutils", "run", "--profile", shown_path(settings.profile)]
     for name, value in settings.identity().items():
-        if name in profile and value != profile[name] or name not in profile and value != default_of(name):
+        if value is not None and value != (checked(name, profile[name]) if name in profile else default_of(name)):
             words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)
 
 
 def _commit() -> str:
-    """The commit of the project's checkout, `-dirty` when code differs from it; 'unknown' outside a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit of the project's checkout, `-dirty` when the code differs from it; 'unknown' outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=10)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        commit = run([*git, "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        changed = run([*git, "status", "--porcelain", "--", "kdutils", "notebooks"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return commit + ("-dirty" if changed else "")

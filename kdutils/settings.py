@@ -1,10 +1,13 @@
 """Every parameter of a run: read from a profile, overridden by name, validated once; device and precision."""
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import os
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _at_least(low: int) -> Rule:
@@ -95,7 +98,7 @@ class Settings:
     train_size: int = _setting(_at_least(10))
     val_size: int = _setting(_at_least(10))
     test_size: int = _setting(_at_least(10))
-    split_seed: int = _setting(_at_least(0))
+    split_seed: int = _setting(Rule("a whole number from 0 to 2147483647", lambda v: _is_int(v) and 0 <= v < 2**31))
     # Views: flips x shifts by multiples of shift_step up to max_shift pixels
     max_shift: int = _setting(Rule("a whole number from 0 to 15", lambda v: _is_int(v) and 0 <= v <= 15))
     shift_step: int = _setting(_at_least(1))
@@ -132,13 +135,14 @@ class Settings:
     # Pre-training on the spot, for weights = generated
     generated_images: int = _setting(_at_least(100), default=4000)
     generated_epochs: int = _setting(_at_least(1), default=3)
+    # How a teacher's suffix is fitted: with fewer views than teacher_views, if their features take more than this
+    feature_memory_gb: float = _setting(_POSITIVE, default=4.0)
     # The machine
     data_dir: str = _setting(_TEXT, default="data", machine=True)
     runs_dir: str = _setting(_TEXT, default="runs", machine=True)
     device: str = _setting(_one_of("auto", "cpu", "cuda", "mps"), default="auto", machine=True)
-    precision: str = _setting(_one_of("auto", "float32", "bfloat16"), default="auto", machine=True)
+    precision: str = _setting(_one_of("auto", "float32", "bfloat16"), default="auto")
     threads: int | None = _setting(_optional(_at_least(1)), default=None, machine=True)
-    feature_memory_gb: float = _setting(_POSITIVE, default=4.0, machine=True)
 
     @property
     def run_folder(self) -> Path:
@@ -159,12 +163,13 @@ class Settings:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["machine"]}
 
     def digest(self) -> str:
-        """A short checksum of `identity` and the precision."""
-        text = json.dumps(self.identity() | {"precision": self.precision}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """A short checksum of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+_TEXTS = {name for name, kind in typing.get_type_hints(Settings).items() if kind in (str, str | None)}
+_FLOATS = {name for name, kind in typing.get_type_hints(Settings).items() if kind is float}
 
 
 def default_of(name: str) -> Any:
@@ -174,8 +179,16 @@ def default_of(name: str) -> Any:
 
 def project_path(path: str | Path) -> Path:
     """A path as the settings mean it: absolute, or relative to the project's folder, wherever one works from."""
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"path: {path} names a user who is not known here; write the folder out") from error
     return path if path.is_absolute() else ROOT / path
+
+
+def _normal_path(text: str) -> str:
+    """One spelling for each path: './weights' and '/where/the/project/is/weights' are 'weights'."""
+    return shown_path(os.path.normpath(project_path(text.strip())))
 
 
 def shown_path(path: str | Path) -> str:
@@ -206,11 +219,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML as `safe_load` reads it, but a key given twice is an error instead of a silent choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key_node.value}' stands twice", key_node.start_mark)
-            seen.add(key_node.value)
+        keys = [(key_node.value, key_node.start_mark) for key_node, _ in node.value if isinstance(key_node, yaml.ScalarNode)]
+        for at, (key, mark) in enumerate(keys):
+            if key in [earlier for earlier, _ in keys[:at]]:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", mark)
         return super().construct_mapping(node, deep)
 
 
@@ -242,7 +254,7 @@ def load_settings(profile: str, **overrides: Any) -> Settings:
             if field.default is dataclasses.MISSING:
                 raise UserError(f"profile '{profile}': '{name}' is missing; add a line '{name}: ...' (see demo.yaml)")
             continue
-        values[name] = _checked(name, values[name])
+        values[name] = checked(name, values[name])
     settings = Settings(**values)
     _check_together(settings)
     return dataclasses.replace(
@@ -252,22 +264,25 @@ def load_settings(profile: str, **overrides: Any) -> Settings:
     )
 
 
-def _checked(name: str, value: Any) -> Any:
+def checked(name: str, value: Any) -> Any:
+    """The value of a setting in its own type (text read as a number or list where one is due); `UserError` if unfit."""
     rule = _FIELDS[name].metadata["rule"]
-    kind = str(_FIELDS[name].type)
-    if isinstance(value, str) and not kind.startswith("str"):
-        # papermill's -p and environment variables deliver lists, and YAML delivers 1e-3, as text
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass
-    if kind == "float" and _is_int(value):
-        value = float(value)
-    if isinstance(value, tuple):
-        value = list(value)
-    if not rule.accepts(value):
-        raise UserError(f"{name}: {value!r} will not do; it must be {rule.text}")
-    return value
+    found = value
+    # papermill's -p delivers lists, and YAML delivers 1e-3, as text
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
+        if isinstance(value, str) and name not in _TEXTS:
+            found = ast.literal_eval(value)
+        if name in _FLOATS and _is_int(found):
+            found = float(found)
+    if isinstance(found, tuple):
+        found = list(found)
+    if not rule.accepts(found):
+        raise UserError(f"{name}: {value!r:.80} will not do; it must be {rule.text}")
+    if name == "weights" and found not in ("imagenet", "generated", "none"):
+        return _normal_path(found)
+    if name == "data" and found.startswith("folder:"):
+        return "folder:" + _normal_path(found.removeprefix("folder:"))
+    return found
 
 
 def _check_together(settings: Settings) -> None:
@@ -328,14 +343,15 @@ def _pick_precision(precision: str, device: str) -> str:
 def notebook_settings(namespace: Mapping[str, Any]) -> Settings:
     """The settings a notebook was given: call it with `globals()` after the parameters cell.
 
-    Reads the names of settings from the namespace. A name in a cell that begins with `# Parameters` (the
+    Reads the names of settings from the namespace. A name in the last cell that begins with `# Parameters` (the
     notebook's own, or the one papermill adds) that is no setting is an error, so a typing mistake cannot pass
     silently.
     """
-    for source in namespace.get("In", ()):
-        if source.lstrip().startswith("# Parameters"):
-            targets = [t for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign) for t in node.targets]
-            check_names([target.id for target in targets if isinstance(target, ast.Name)])
+    cells = [source.strip() for source in namespace.get("In", ()) if source.lstrip().startswith("# Parameters")]
+    # by first line, the notebook's own cell and papermill's; the last of each: an earlier one may have been mended
+    for source in {source.partition("\n")[0]: source for source in cells}.values():
+        names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+        check_names([name.id for name in names if isinstance(name.ctx, ast.Store)])
     given = {name: namespace[name] for name in _FIELDS if name in namespace}
     settings = load_settings(given.pop("profile", None) or "cifar10", **given)
     apply_threads(settings)

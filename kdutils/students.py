@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import dis
 import functools
 import inspect
 import textwrap
+import types
 from collections.abc import Callable
 
 from torch import Tensor
@@ -14,7 +16,7 @@ from kdutils.models import SmallCNN, normalise, seeded
 from kdutils.runs import artefact, artefact_path
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher
-from kdutils.training import History, Recipe, fit, predict
+from kdutils.training import History, Recipe, fit, memory_format, predict
 from kdutils.views import make_views, view_pixels
 
 
@@ -35,6 +37,14 @@ class Arm:
     def __post_init__(self) -> None:
         if (len(self.teachers) > 1) != (self.combine is not None):
             raise UserError(f"arm {self.name}: give `combine` with two or more teachers, and only then")
+        wanted = ("student_logits", "teacher_logits", "labels") if self.teachers else ("student_logits", "labels")
+        try:
+            inspect.signature(self.loss).bind(*wanted)
+        except TypeError as error:
+            raise UserError(
+                f"arm {self.name}: the loss must be callable as loss({', '.join(wanted)}) ({error}); bind its other "
+                "parameters by name with functools.partial"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +58,11 @@ class StudentRun:
     logits: dict[str, Tensor]
     state: dict[str, Tensor]
     seconds: float
+    fingerprint: str
 
     def network(self) -> SmallCNN:
         """The trained student."""
-        model = SmallCNN(self.state["fc2.bias"].numel())
-        model.load_state_dict(self.state)
-        return model.eval()
+        return _network(self.state)
 
 
 def student_recipe(settings: Settings) -> Recipe:
@@ -81,8 +90,8 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
     teacher_names = tuple(teacher.arch for teacher in arm.teachers)
     key = {
         "what": "student", "network": _code(SmallCNN), "loss": describe(arm.loss), "combine": describe(arm.combine) if arm.combine else None,
-        "teachers": [(t.fingerprint, t.run_for(seed).seed) for t in arm.teachers],
-        "data": dataset.checksum, "views": settings.views, "recipe": dataclasses.asdict(recipe), "seed": seed,
+        "teachers": [teacher.run_for(seed).fingerprint for teacher in arm.teachers],
+        "data": [dataset.part_checksums[part] for part in ("train", "val")], "views": settings.views, "recipe": dataclasses.asdict(recipe), "seed": seed,
         "precision": settings.precision,
     }  # fmt: skip
     folder = settings.run_folder / "students"
@@ -100,21 +109,36 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
                 return arm.loss(logits, labels[index])
             return arm.loss(logits, target[index, view], labels[index])
 
-        parts = {part: normalise(getattr(dataset, part).images) for part in ("train", "val", "test")}
+        validation = (normalise(dataset.val.images), dataset.val.labels)
         history = fit(
             model, lambda index, view: normalise(view_pixels(viewed, index, view)), labels, loss, recipe,
-            num_views=len(viewed.table), seed=seed, validation=(parts["val"], dataset.val.labels),
+            num_views=len(viewed.table), seed=seed, validation=validation,
             precision=settings.precision, name=f"{' '.join((arm.name, *teacher_names))}, seed {seed}",
             checkpoint=checkpoint,
         )  # fmt: skip
-        logits = {f"logits_{part}": predict(model, x, settings.precision) for part, x in parts.items()}
-        return model.state_dict() | logits, {"history": history}
+        return model.state_dict(), {"history": history}
 
-    made = artefact(folder, name, key, make)
+    trained = artefact(folder, name, key, make)
     checkpoint.unlink(missing_ok=True)
-    logits = {part: made.tensors[f"logits_{part}"].to(settings.device) for part in ("train", "val", "test")}
-    state = {name: tensor for name, tensor in made.tensors.items() if not name.startswith("logits_")}
-    return StudentRun(arm.name, teacher_names, seed, made.facts["history"], logits, state, made.seconds)
+
+    def make_logits() -> tuple[dict[str, Tensor], dict]:
+        model = _network(trained.tensors).to(settings.device)
+        images = {part: normalise(getattr(dataset, part).images) for part in ("train", "val", "test")}
+        return {part: predict(model, x, settings.precision) for part, x in images.items()}, {}
+
+    logits_key = {"what": "student's logits", "student": trained.fingerprint, "data": dataset.checksum}
+    found = artefact(folder, f"{name}-logits", logits_key, make_logits).tensors
+    logits = {part: tensor.to(settings.device) for part, tensor in found.items()}
+    return StudentRun(
+        arm.name, teacher_names, seed, trained.facts["history"], logits, trained.tensors, trained.seconds,
+        trained.fingerprint,
+    )  # fmt: skip
+
+
+def _network(state: dict[str, Tensor]) -> SmallCNN:
+    model = SmallCNN(state["fc2.bias"].numel())
+    model.load_state_dict(state)
+    return memory_format(model).eval()
 
 
 def _target(arm: Arm, labels: Tensor, seed: int) -> Tensor | None:
@@ -127,21 +151,44 @@ def _target(arm: Arm, labels: Tensor, seed: int) -> Tensor | None:
     return arm.combine(logits, labels=labels[:, None].expand(logits[0].shape[:2]))
 
 
-def describe(function: Callable) -> dict:
-    """A function's identity for fingerprints: its code without docstring and comments, and what is bound to it.
+def describe(function: Callable, within: tuple[Callable, ...] = ()) -> dict:
+    """A function's identity for fingerprints: its code without docstring and comments, its defaults, what is bound to
+    it by `functools.partial`, and the functions and plain values from around it that it uses (`within`: its callers).
 
-    Raises `UserError` for a function whose source cannot be read or that uses variables from around it: a change in
-    those would go unnoticed.
+    Raises `UserError` for what could change unnoticed: a lambda, a closure, anything bound or used that is neither a
+    plain value nor a function.
     """
     bound: dict[str, str] = {}
     while isinstance(function, functools.partial):
         if function.args:
-            raise UserError("loss: bind the parameters of a loss by name: partial(kd_loss, temperature=4.0)")
-        bound = {name: repr(value) for name, value in function.keywords.items()} | bound
+            raise UserError("loss: bind the parameters of a loss by name: partial(distillation_loss, temperature=4.0)")
+        bound = {name: _plain(name, value) for name, value in function.keywords.items()} | bound
         function = function.func
-    if not inspect.isfunction(function) or inspect.getclosurevars(function).nonlocals or function.__name__ == "<lambda>":
-        raise UserError(f"loss: {function!r} must be a plain function (`def`) that uses its arguments alone")
-    return {"name": function.__qualname__, "code": _code(function), "bound": dict(sorted(bound.items()))}
+    if not inspect.isfunction(function) or function.__name__ == "<lambda>" or function.__closure__:
+        raise UserError(f"loss: {function!r} must be a plain function (`def`) that uses no variables of another function")
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: _plain(p.name, p.default) for p in parameters if p.default is not p.empty and p.name not in bound}
+    around: dict[str, object] = {}
+    for name in _globals_used(function.__code__) & function.__globals__.keys():
+        value = function.__globals__[name]
+        module = getattr(value, "__module__", None) or ""
+        if inspect.ismodule(value) or inspect.isbuiltin(value) or module.partition(".")[0] == "torch":
+            continue
+        if not any(value is caller for caller in (*within, function)):
+            around[name] = describe(value, (*within, function)) if inspect.isfunction(value) else _plain(name, value)
+    return {"name": function.__qualname__, "code": _code(function), "bound": defaults | bound, "around": around}
+
+
+def _globals_used(code: types.CodeType) -> set[str]:
+    """Names that a function reads from around it, comprehensions within included (attributes are not among them)."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return names.union(*(_globals_used(inner) for inner in code.co_consts if inspect.iscode(inner)))
+
+
+def _plain(name: str, value: object) -> str:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    raise UserError(f"loss: it uses {name} = {value!r:.60}; use numbers and texts only, or pass it as an argument")
 
 
 def _code(defined: Callable) -> str:

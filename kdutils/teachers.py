@@ -11,7 +11,7 @@ from kdutils import shapes
 from kdutils.data import Dataset
 from kdutils.losses import cross_entropy
 from kdutils.models import Backbone, cut, fold_batch_norms, load_backbone, normalise, seeded, with_state
-from kdutils.runs import Artefact, artefact, artefact_path, fingerprint
+from kdutils.runs import Artefact, artefact, artefact_path
 from kdutils.settings import Settings
 from kdutils.training import History, Recipe, autocast, fit, memory_format, predict, progress_lines
 from kdutils.views import ViewedImages, make_views, view_pixels
@@ -19,7 +19,10 @@ from kdutils.views import ViewedImages, make_views, view_pixels
 
 @dataclasses.dataclass(frozen=True)
 class TeacherRun:
-    """One fine-tuning: logits float32 [N, C] of `train`, `val`, `test` (view 0); `view_logits` float16 [N, V, C]."""
+    """One fine-tuning: logits float32 [N, C] of `train`, `val`, `test` (view 0); `view_logits` float16 [N, V, C].
+
+    `fingerprint` names all that `view_logits` depend on.
+    """
 
     arch: str
     trainable: str
@@ -28,11 +31,12 @@ class TeacherRun:
     logits: dict[str, Tensor]
     view_logits: Tensor
     seconds: float
+    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A pre-trained ResNet fine-tuned once per teacher seed. `fingerprint` names all that its logits depend on."""
+    """A pre-trained ResNet fine-tuned once per teacher seed."""
 
     arch: str
     trainable: str
@@ -44,10 +48,9 @@ class Teacher:
     parameters_trained: int
     views_trained: int
     feature_seconds: float
-    fingerprint: str
 
     def run_for(self, student_seed: int) -> TeacherRun:
-        """The run that the student of this seed learns from: they take turns."""
+        """The run that the student of this seed learns from: run number `student_seed` modulo the number of runs."""
         return self.runs[student_seed % len(self.runs)]
 
     @property
@@ -94,7 +97,7 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
     prefix = cut(backbone.model, trainable, size, classes, 0)[0]
     key = {
         "what": "features", "arch": arch, "weights": backbone.checksum, "trainable": trainable, "size": size,
-        "data": dataset.checksum, "views": settings.views, "precision": settings.precision,
+        "precision": settings.precision,
     }  # fmt: skip
     cost: dict[tuple[str, int], float] = {}
 
@@ -104,7 +107,9 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
             return normalise(_all_pixels(viewed[part], view))
         here = folder / f"{name}-features"
         make = partial(_prefix_features, prefix, viewed[part], view, settings, f"{arch}: {part} view {view}")
-        found = artefact(here, f"{part}-view{view:03d}", {**key, "part": part, "view": view}, make)
+        shifted = viewed[part].table[view].tolist()
+        this_view = {**key, "images": dataset.part_checksums[part], "view": shifted}
+        found = artefact(here, f"{part}-view{view:03d}", this_view, make)
         cost[part, view] = found.seconds
         return found.tensors["features"].to(settings.device)
 
@@ -112,16 +117,20 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
     recipe = teacher_recipe(arch, settings)
     fit_key = {
         **key, "what": "suffix", "recipe": dataclasses.asdict(recipe), "trained_views": trained_views,
+        "views": settings.views, "data": [dataset.part_checksums[part] for part in ("train", "val")],
         "label_smoothing": settings.teacher_label_smoothing,
     }  # fmt: skip
     seed_key = {seed: {**fit_key, "seed": seed} for seed in settings.teacher_seeds}
-    logits_key = {**fit_key, "what": "logits", "seeds": settings.teacher_seeds}
+    logits_key = {**fit_key, "what": "logits", "seeds": settings.teacher_seeds, "data": dataset.checksum}
     cached: list[Tensor] = []  # the training features, read only if a suffix must be fitted
 
     def fit_suffix(seed: int) -> Artefact:
         def make() -> tuple[dict[str, Tensor], dict]:
             if len(prefix) and not cached:
-                cached.append(torch.stack([features("train", view) for view in range(trained_views)]))
+                one = features("train", 0)
+                cached.append(one.new_empty(trained_views, *one.shape))
+                for view in range(trained_views):
+                    cached[0][view] = features("train", view)
             if len(prefix):
                 inputs = partial(_gather_features, cached[0])
             else:
@@ -154,7 +163,7 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
         found: dict[str, list[Tensor]] = {"val": [], "test": [], "train": []}
         for part, view in progress_lines(jobs, f"{arch}: logits of every view"):
             x = features(part, view)
-            found[part].append(torch.stack([predict(s, x, settings.precision) for s in suffixes]).half())
+            found[part].append(torch.stack([predict(s, x, settings.precision, batch_size=250) for s in suffixes]).half())
         return {
             "val": found["val"][0], "test": found["test"][0],
             "train": torch.stack(found["train"], dim=2),  # [S, N, V, C]
@@ -167,7 +176,7 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
             arch, trainable, seed, fitted[seed].facts["history"],
             {"train": on_device["train"][i, :, 0].float(), "val": on_device["val"][i].float(),
              "test": on_device["test"][i].float()},
-            on_device["train"][i], fitted[seed].seconds,
+            on_device["train"][i], fitted[seed].seconds, fitted[seed].fingerprint,
         )
         for i, seed in enumerate(settings.teacher_seeds)
     ]  # fmt: skip
@@ -175,7 +184,7 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
     return Teacher(
         arch, trainable, runs, backbone.description, backbone.is_standin, backbone.checksum,
         trained + sum(p.numel() for p in prefix.parameters()), trained, trained_views,
-        logits.facts["feature_seconds"], fingerprint(logits_key),
+        logits.facts["feature_seconds"],
     )  # fmt: skip
 
 

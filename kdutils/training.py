@@ -1,6 +1,8 @@
 """One `fit` for everything that is trained, and `predict`."""
 
 import dataclasses
+import hashlib
+import io
 import math
 import os
 import sys
@@ -171,18 +173,22 @@ def _rate(schedule: str, steps: int) -> Callable[[int], float]:
 
 def _save(path: Path, model: nn.Module, optimizer, schedule, history: History) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    write_atomically(path, lambda temporary: torch.save({**state, "history": history}, temporary))
+    content = io.BytesIO()
+    torch.save({**state, "history": history}, content)
+    # torch.load does not check what it reads
+    checksum = hashlib.sha256(content.getbuffer()).digest()
+    write_atomically(path, lambda temporary: temporary.write_bytes(checksum + content.getbuffer()))
 
 
 def _restore(path: Path | None, model: nn.Module, optimizer, schedule, history: History) -> int:
-    """Load a checkpoint where there is one; returns the number of epochs already done."""
+    """Load a checkpoint where there is an undamaged one; returns the number of epochs already done."""
     if path is None or not path.exists():
         return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises nearly anything, from EOFError to UnpicklingError
-        print(f"{shown_path(path)}: cannot be read ({type(error).__name__}); this training starts anew")
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        print(f"{shown_path(path)}: is damaged (its checksum does not fit); this training starts anew")
         return 0
+    state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

@@ -54,5 +54,7 @@ def toy_data():
         noise = torch.randint(-40, 41, (count, 3, 32, 32), generator=generator)
         return Split((colours[labels] + noise).to(torch.uint8), labels)
 
-    classes = [f"class{i}" for i in range(10)]
-    return Dataset("toy", classes, split(40), split(10), split(10), checksum="toy", is_generated=False)
+    return Dataset(
+        "toy", [f"class{i}" for i in range(10)], split(40), split(10), split(10), checksum="toy",
+        part_checksums={"train": "a", "val": "b", "test": "c"}, is_generated=False, is_cifar10=False,
+    )  # fmt: skip

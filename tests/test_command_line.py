@@ -22,14 +22,14 @@ def error_of(capsys, arguments):
 
 @pytest.mark.parametrize("parameters, fragments", [
     (["temprature", "3"], ["temprature", "did you mean 'temperature'?"]),
-    (["temperature", "0"], ["temperature: 0", "above 0"]),
-    (["temperature", "-1"], ["temperature: -1", "above 0"]),
+    (["temperature", "0"], ["temperature: '0'", "above 0"]),
+    (["temperature", "-1"], ["temperature: '-1'", "above 0"]),
     (["temperature", "nan"], ["temperature: 'nan'", "finite"]),
     (["temperature", "hot"], ["temperature: 'hot'", "finite number above 0"]),
-    (["alpha", "1.5"], ["alpha: 1.5", "from 0 to 1"]),
-    (["alpha", "-0.1"], ["alpha: -0.1", "from 0 to 1"]),
-    (["seeds", "[]"], ["seeds: []", "one or more different whole numbers"]),
-    (["seeds", "[0, 0]"], ["seeds: [0, 0]", "different"]),
+    (["alpha", "1.5"], ["alpha: '1.5'", "from 0 to 1"]),
+    (["alpha", "-0.1"], ["alpha: '-0.1'", "from 0 to 1"]),
+    (["seeds", "[]"], ["seeds: '[]'", "one or more different whole numbers"]),
+    (["seeds", "[0, 0]"], ["seeds: '[0, 0]'", "different"]),
     (["seeds", "abc"], ["seeds: 'abc'", "[0, 1, 2]"]),
     (["epochs", "many"], ["epochs: 'many'", "a whole number"]),
     (["epochs", ""], ["epochs: ''", "a whole number"]),
@@ -93,7 +93,7 @@ def rows(settings):
 
 def test_results_prints_the_table_of_a_run(capsys, tiny_profile):
     settings = load_settings(tiny_profile())
-    record(settings, "01_small_cnn", rows(settings), {}, [])
+    record(settings, "01_small_cnn", rows(settings), {}, [], {})
     assert main(["results", "--profile", tiny_profile()]) == 0
     out, err = capsys.readouterr()
     assert "37.5" in out and err == ""  # the mean of 25 % and 50 %
@@ -105,7 +105,7 @@ def test_run_hands_on_what_was_given(monkeypatch, tiny_profile):
     def run(profile, parameters):
         asked.append((profile, dict(parameters)))
         settings = load_settings(profile, **parameters)
-        record(settings, "01_small_cnn", rows(settings), {}, [])
+        record(settings, "01_small_cnn", rows(settings), {}, [], {})
         return settings
 
     monkeypatch.setattr(pipeline, "run", run)
@@ -139,7 +139,7 @@ def test_it_works_from_any_folder(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: alpha: 7") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: alpha: '7'") and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -128,7 +128,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, tiny):
     (tmp_path / "file").touch()
     with pytest.raises(UserError) as caught:
-        record(tiny(runs_dir=str(tmp_path / "file")), "01", [], {}, [])
+        record(tiny(runs_dir=str(tmp_path / "file")), "01", [], {}, [], {})
     message = str(caught.value)
     assert message.startswith("runs_dir: ") and str(tmp_path / "file") in message and "choose another" in message
 
@@ -139,7 +139,7 @@ def rows(task, arm, seed=0):
 
 
 def test_results_have_the_exact_columns(tiny):
-    path = record(tiny(), "01_small_cnn", rows(1, "scratch"), {"data": {"name": "d"}}, [("stage", 1.23456)])
+    path = record(tiny(), "01_small_cnn", rows(1, "scratch"), {"data": {"name": "d"}}, [("stage", 1.23456)], {})
     with path.open(newline="") as file:
         table = list(csv.reader(file))
     assert tuple(table[0]) == RESULT_COLUMNS == (
@@ -156,24 +156,35 @@ def test_results_are_the_same_bytes_whatever_ran_first(tiny, tmp_path):
         settings = tiny(runs_dir=str(tmp_path / f"runs{number}"))
         for name in order:
             facts = {"data": {"name": "d"}} | ({"weights": {}} if name != "01_small_cnn" else {})
-            path = record(settings, name, found[name], facts, [(name, 1.0)])
+            path = record(settings, name, found[name], facts, [(name, 1.0)], {})
         contents.append((path.read_bytes(), (path.parent / "provenance.json").read_bytes()))
     assert contents[0] == contents[1] == contents[2]
 
 
 def test_what_ran_under_other_settings_is_left_out(tiny, capsys):
-    record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [("old", 1.0)])
-    path = record(tiny(epochs=3), "03_one_teacher", rows(3, "kd"), {}, [("new", 1.0)])
+    record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [("old", 1.0)], {})
+    path = record(tiny(epochs=3), "03_one_teacher", rows(3, "kd"), {}, [("new", 1.0)], {})
     assert "01_small_cnn" in capsys.readouterr().out
     assert "kd" in path.read_text() and "scratch" not in path.read_text()
     assert "old" not in (path.parent / "timings.csv").read_text()
-    path = record(tiny(epochs=3), "01_small_cnn", rows(1, "scratch"), {}, [])
+    path = record(tiny(epochs=3), "01_small_cnn", rows(1, "scratch"), {}, [], {})
     assert path.read_text().count("scratch") == 2 and path.read_text().count("kd") == 2
 
 
+@pytest.mark.parametrize("before, now, kept", [
+    ({"data": "a"}, {"data": "b"}, False), ({"data": "a", "scratch, seed 0": "x"}, {"data": "a", "scratch, seed 0": "y"}, False),
+    ({"data": "a"}, {"data": "a", "resnet50 weights": "w"}, True), ({"data": "a", "kd, seed 0": "x"}, {"data": "a"}, True),
+])  # fmt: skip
+def test_rows_made_of_other_things_are_left_out(tiny, capsys, before, now, kept):
+    record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [], before)
+    path = record(tiny(), "03_one_teacher", rows(3, "kd"), {}, [], now)
+    assert ("scratch" in path.read_text(), "kd" in path.read_text()) == (kept, True)
+    assert ("01_small_cnn" in capsys.readouterr().out) == (not kept)
+
+
 def test_rows_are_kept_when_only_the_machine_changes(tiny):
-    record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [])
-    path = record(tiny(threads=1), "03_one_teacher", rows(3, "kd"), {}, [])
+    record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [], {})
+    path = record(tiny(threads=1), "03_one_teacher", rows(3, "kd"), {}, [], {})
     assert "scratch" in path.read_text() and "kd" in path.read_text()
 
 
@@ -189,7 +200,8 @@ def test_the_command_of_a_run_runs_it_again(overrides):
     assert given[::3] == ["-p"] * (len(given) // 3)
     again = load_settings("demo", **dict(zip(given[1::3], given[2::3], strict=True)))
     assert again.identity() == settings.identity()
-    assert set(given[1::3]) == {name for name, value in overrides.items() if value != getattr(load_settings("demo"), name)}
+    # what the machine chose is named too, so that another one computes in the same precision
+    assert set(given[1::3]) - {"precision"} == {name for name, value in overrides.items() if value != getattr(load_settings("demo"), name)}
 
 
 def test_numbers_that_yaml_reads_as_text_are_no_parameters_of_the_command(tiny_profile):

@@ -93,6 +93,7 @@ AROUND = {
     "helper's global": "T = 4.0\ndef scaled(x):\n    return x * T\ndef loss(s, t, y):\n    return scaled(s - t).sum()\n",
     "object": "from types import SimpleNamespace\nhere = SimpleNamespace(T=4.0)\n"
               "def loss(s, t, y):\n    return here.T * (s - t).sum()\n",
+    "inside a comprehension": "T = 4.0\ndef loss(s, t, y):\n    return sum(T * (a - b).sum() for a, b in zip(s, t))\n",
 }  # fmt: skip
 
 
@@ -101,6 +102,25 @@ def test_what_a_loss_uses_from_around_it_is_refused_or_counts(tmp_path, name):
     """A notebook's `T = 4.0` in the cell above the loss: changing it must never load the old students."""
     one, other = (identity(define(tmp_path, AROUND[name].replace("4.0", value))) for value in ("4.0", "8.0"))
     assert one is None or one != other
+
+
+@pytest.mark.parametrize("around", ["mean = 1.0", "mean = object()", "y = object()", "s = 3"])
+def test_a_name_that_a_loss_does_not_use_is_no_part_of_it(tmp_path, around):
+    """A notebook may have a variable `mean`; `x.mean()` has nothing to do with it."""
+    source = "def loss(s, y):\n    return s.mean()\n"
+    assert describe(define(tmp_path, source)) == describe(define(tmp_path, f"{around}\n{source}"))
+
+
+@pytest.mark.parametrize("source", [
+    "from torch import exp\ndef loss(s, y):\n    return exp(s).mean()\n",
+    "from math import log\ndef loss(s, y):\n    return s.mean() * log(2)\n",
+    "import torch.nn.functional as F\nfrom torch.nn.functional import kl_div\ndef loss(s, t, y):\n    return kl_div(s, t)\n",
+    "def loss(s, y, depth=2):\n    return s.mean() if depth == 0 else loss(s, y, depth - 1)\n",
+    "import torch\n@torch.no_grad()\ndef loss(s, y):\n    return s.mean()\n",
+], ids=["torch", "math", "functional", "recursive", "decorated"])  # fmt: skip
+def test_usual_ways_to_write_a_loss_are_accepted_or_refused_in_words(tmp_path, source):
+    function = define(tmp_path, source)
+    assert identity(function) == identity(function)  # UserError at most
 
 
 def closure(temperature):
@@ -127,7 +147,7 @@ named_lambda = lambda s, y: cross_entropy(s, y)  # noqa: E731
     named_lambda, lambda s, y: 0, closure(2.0), partial(closure(2.0)), Scaled().loss, Scaled(), Scaled,
     nn.CrossEntropyLoss(), nn.CrossEntropyLoss, torch.add, len, partial(kd_loss, 1), None,
     eval("lambda s, y: s.sum()"), partial(named_lambda),
-], ids=str)  # fmt: skip
+], ids=lambda function: type(function).__name__)  # fmt: skip
 def test_a_loss_must_be_a_plain_function(function):
     with pytest.raises(UserError) as caught:
         describe(function)
@@ -148,13 +168,15 @@ def fake_teacher(data, arch="resnet50", seeds=(0,), num_views=18):
     def run(seed):
         generator = torch.Generator().manual_seed(seed + 100 * len(arch))
         logits = 3 * torch.randn(len(data.train.labels), num_views, 10, generator=generator)
-        return TeacherRun(arch, "last_layer", seed, {}, {}, logits.half(), 0.0)
+        return TeacherRun(arch, "last_layer", seed, {}, {}, logits.half(), 0.0, f"{arch} {seed}")
 
-    return Teacher(arch, "last_layer", [run(seed) for seed in seeds], "a fake", True, "x", 1, 1, 1, 0.0, f"{arch} {seeds}")
+    return Teacher(arch, "last_layer", [run(seed) for seed in seeds], "a fake", True, "x", 1, 1, 1, 0.0)
 
 
 def students_files(settings):
-    return {path.name: path.stat().st_mtime_ns for path in (settings.run_folder / "students").iterdir()}
+    """The trained students' files, without those of their logits."""
+    files = (settings.run_folder / "students").iterdir()
+    return {path.name: path.stat().st_mtime_ns for path in files if "-logits-" not in path.name}
 
 
 def same_runs(one, other):
@@ -252,10 +274,24 @@ def test_other_data_and_other_teachers_train_anew(tiny, toy_data):
     settings = tiny(seeds=[0])
     arm = Arm("kd", partial(kd_loss_with_labels, temperature=4.0), (fake_teacher(toy_data),))
     train_students(arm, toy_data, settings)
-    train_students(arm, toy_data._replace(checksum="other"), settings)
-    teacher = dataclasses.replace(fake_teacher(toy_data), fingerprint="fine-tuned otherwise")
-    train_students(dataclasses.replace(arm, teachers=(teacher,)), toy_data, settings)
+    other = toy_data._replace(checksum="other", part_checksums={**toy_data.part_checksums, "train": "other"})
+    train_students(arm, other, settings)
+    teacher = fake_teacher(toy_data)
+    run = dataclasses.replace(teacher.runs[0], fingerprint="fine-tuned otherwise")
+    train_students(dataclasses.replace(arm, teachers=(dataclasses.replace(teacher, runs=[run]),)), toy_data, settings)
     assert len(students_files(settings)) == 3
+
+
+def test_other_test_images_train_nothing_but_are_looked_at(tiny, toy_data):
+    arm, settings = Arm("scratch", cross_entropy), tiny(seeds=[0])
+    train_students(arm, toy_data, settings)
+    kept = students_files(settings)
+    images = toy_data.test._replace(images=toy_data.test.images.flip(-1))
+    other = toy_data._replace(test=images, checksum="other", part_checksums={**toy_data.part_checksums, "test": "d"})
+    (student,) = train_students(arm, other, settings)
+    assert students_files(settings) == kept
+    expected = student.network()(normalise(images.images))
+    torch.testing.assert_close(student.logits["test"], expected, rtol=1e-4, atol=1e-4)
 
 
 def kd_loss_with_labels(student_logits, teacher_logits, labels, temperature):
@@ -284,6 +320,17 @@ def test_combine_goes_with_two_teachers_and_only_then(toy_data):
     for teachers, combine in (((one, other), None), ((one,), kd_loss), ((), kd_loss)):
         with pytest.raises(UserError, match="arm kd: give `combine` with two or more teachers"):
             Arm("kd", distillation_loss, teachers, combine)
+
+
+@pytest.mark.parametrize("loss, teachers", [(distillation_loss, 0), (cross_entropy, 1), (partial(kd_loss, temperature=4.0), 1),
+                                            (partial(distillation_loss, temperature=4.0), 1)])  # fmt: skip
+def test_a_loss_that_cannot_be_called_is_refused_at_once(toy_data, loss, teachers):
+    if loss is cross_entropy:
+        loss = partial(cross_entropy, label_smoothing=0.1)
+    with pytest.raises(UserError) as caught:
+        Arm("mine", loss, (fake_teacher(toy_data),) * teachers)
+    message = str(caught.value)
+    assert message.startswith("arm mine: ") and "partial" in message and "\n" not in message
 
 
 # Teachers
@@ -358,21 +405,21 @@ def test_stored_logits_are_those_of_the_whole_network(teacher_settings, toy_data
 
 def test_only_what_depends_on_a_setting_is_computed_again(teacher_settings, toy_data):
     settings = teacher_settings(teacher_seeds=[0])
-    first = fine_tune("resnet18", toy_data, settings)
+    (first,) = fine_tune("resnet18", toy_data, settings).runs
     files = files_of(settings)
     features = files_of(settings, "resnet18-last_block-features/*")
     assert len(features) == 4 and len(files) == 6  # features of 2 train views, val, test; the suffix; its logits
 
-    for change in ({}, {"temperature": 2.0}, {"epochs": 5}, {"alpha": 0.5}, {"seeds": [4]}, {"resnet50_epochs": 3}):
-        again = fine_tune("resnet18", toy_data, teacher_settings(teacher_seeds=[0], **change))
+    for change in ({"temperature": 2.0}, {"alpha": 0.5, "epochs": 5, "seeds": [4], "resnet50_epochs": 3, "test_size": 11}):
+        (again,) = fine_tune("resnet18", toy_data, teacher_settings(teacher_seeds=[0], **change)).runs
         assert files_of(settings) == files, change
-        assert again.fingerprint == first.fingerprint
-        assert torch.equal(again.runs[0].view_logits, first.runs[0].view_logits)
+        assert again.fingerprint == first.fingerprint and torch.equal(again.view_logits, first.view_logits)
 
-    other = fine_tune("resnet18", toy_data, teacher_settings(teacher_seeds=[0], resnet18_learning_rate=0.01))
+    settings = teacher_settings(teacher_seeds=[0], resnet18_learning_rate=0.01)
+    (other,) = fine_tune("resnet18", toy_data, settings).runs
     assert other.fingerprint != first.fingerprint and files.items() < files_of(settings).items()
     assert files_of(settings, "resnet18-last_block-features/*") == features and len(files_of(settings)) == 8
-    assert not torch.equal(other.runs[0].view_logits, first.runs[0].view_logits)
+    assert not torch.equal(other.view_logits, first.view_logits)
 
 
 def test_a_memory_budget_lowers_the_number_of_views_and_says_so(teacher_settings, toy_data, capsys):
