@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kdutils import shapes
+from kdutils.compat import ensure_torchvision
 from kdutils.runs import artefact, network_timeout, tensor_checksum
 from kdutils.settings import Settings, UserError, project_path, shown_path
 
@@ -126,14 +127,12 @@ def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int, name: str 
 
 
 def _cifar10(folder: Path) -> tuple[list[str], Split, Split]:
-    from torchvision.datasets import CIFAR10
-
     parts = []
     for train in (True, False):
         try:
             # redirected: torchvision's "already downloaded"
             with contextlib.redirect_stdout(io.StringIO()), network_timeout():
-                part = CIFAR10(str(folder), train=train, download=True)
+                part = ensure_torchvision().datasets.CIFAR10(str(folder), train=train, download=True)
         except (OSError, RuntimeError, HTTPException) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

@@ -9,7 +9,6 @@ import math
 
 import matplotlib
 import numpy as np
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -187,6 +186,8 @@ def confusion(matrix, classes):
     percent = np.divide(100 * counts, images, out=np.full_like(counts, np.nan), where=images > 0)
     figure = Figure(figsize=(5.2, 4.5))
     axes = figure.add_subplot()
+    import seaborn as sns  # slow to import, and only this picture needs it
+
     sns.heatmap(percent, ax=axes, vmin=0, vmax=100, cmap="Blues", annot=True, fmt=".0f", square=True,
                 annot_kws={"fontsize": 7}, linewidths=0.4, xticklabels=classes, yticklabels=classes,
                 cbar_kws={"label": "share of the true class (%)", "shrink": 0.85})

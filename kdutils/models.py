@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kdutils.compat import ensure_torchvision
 from kdutils.runs import network_timeout
 from kdutils.settings import UserError, project_path, shown_path, weights_file
 
@@ -86,8 +87,7 @@ def load_backbone(arch: str, weights: str) -> Backbone:
 
     Raises `UserError` for absent or unfit weights, and without a network when they must be downloaded.
     """
-    from torchvision import models
-
+    models = ensure_torchvision().models
     if weights == "none":
         model = seeded(0, getattr(models, arch))
         return Backbone(model, "no pre-training: trained as a whole from random weights", True, "none")
@@ -107,8 +107,7 @@ def with_state(arch: str, state: dict[str, Tensor]) -> nn.Module:
 
     Raises `UserError` if the state dict does not fit the architecture.
     """
-    from torchvision import models
-
+    models = ensure_torchvision().models
     model = seeded(0, getattr(models, arch))
     body = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     body = {name: tensor for name, tensor in body.items() if not name.startswith("fc.")}
@@ -141,8 +140,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _imagenet_state(arch: str) -> tuple[dict[str, Tensor], str, bool, str]:
-    from torchvision import models
-
+    models = ensure_torchvision().models
     weights = models.get_model_weights(arch).IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     expected = weights.url.rsplit("-", 1)[-1].removesuffix(".pth")  # the name carries the start of the SHA-256
@@ -193,8 +191,7 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
 
 def architecture(arch: str, size: int, num_classes: int) -> nn.Module:
     """A ResNet that takes normalised images, resizes them to `size` and gives `num_classes` logits; random weights."""
-    from torchvision import models
-
+    models = ensure_torchvision().models
     return cut(seeded(0, getattr(models, arch)), "all", size, num_classes, seed=0)[1]
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pandas as pd
 
 from kdutils import report
@@ -186,6 +185,8 @@ def readme_note(provenance: Mapping[str, Any]) -> str:
 
 def _copy_notebook(source: Path, target: Path) -> None:
     """Copy an executed notebook without the paths and times of the machine that ran it."""
+    import nbformat
+
     notebook = nbformat.read(source, as_version=4)
     for part in (notebook, *notebook.cells):
         part.metadata.pop("papermill", None)

@@ -1,4 +1,9 @@
-"""From what notebooks show to a LaTeX report: figures, tables, the exporter, the prose's numbers, the PDF."""
+"""From what notebooks show to a LaTeX report: figures, tables, the exporter, the prose's numbers, the PDF.
+
+nbformat and nbconvert take seconds to import and only the exporter needs them, so it imports them itself.
+"""
+
+from __future__ import annotations
 
 import base64
 import html
@@ -14,20 +19,20 @@ import textwrap
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
-from nbconvert.exporters import LatexExporter
-from traitlets.config import Config
 
 from kdutils import metrics
 from kdutils.runs import write_atomically, write_text
 from kdutils.settings import ROOT, UserError, shown_path
+
+if TYPE_CHECKING:
+    import nbformat
 
 REPORT = ROOT / "report"
 TEX_COMMAND = "sudo apt-get install latexmk texlive-latex-extra lmodern"
@@ -178,6 +183,8 @@ def export_notebooks(notebooks: list[Path], out: Path) -> None:
     `figures/<name>.pdf` and `notebooks.tex` (the list of stems) into `out`; removes what an earlier export
     left there. Raises `UserError` for a notebook that failed or did not finish, and for a name used twice.
     """
+    import nbformat
+
     places: dict[str, str] = {}
     files: dict[Path, bytes] = {}
     for path in map(Path, notebooks):
@@ -216,6 +223,9 @@ def _check_finished(cell: nbformat.NotebookNode, place: str) -> None:
 
 
 def _export(nb: nbformat.NotebookNode, template: str, resources: dict[str, Any]) -> str:
+    from nbconvert.exporters import LatexExporter
+    from traitlets.config import Config
+
     off = {name: {"enabled": False} for name in ("ExtractOutputPreprocessor", "SVG2PDFPreprocessor")}
     ours = {"template_name": "template", "extra_template_basedirs": [str(REPORT)]}
     exporter = LatexExporter(config=Config(off), template_file=template, **ours)

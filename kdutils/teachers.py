@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdutils import shapes
+from kdutils.compat import ensure_torchvision
 from kdutils.data import Dataset
 from kdutils.losses import cross_entropy
 from kdutils.models import Backbone, cut, fold_batch_norms, load_backbone, normalise, seeded, with_state
@@ -249,13 +250,11 @@ def _backbone(arch: str, settings: Settings) -> Backbone:
 
 def _pretrain_generated(arch: str, recipe: Recipe, count: int, settings: Settings) -> tuple[dict[str, Tensor], dict]:
     """Pre-train a whole ResNet on generated images of shapes that shapes10 does not have."""
-    from torchvision import models
-
     names = list(shapes.OTHER_SHAPES)
     images, labels = (t.to(settings.device) for t in shapes.draw(names, count, seed=1000))
     new_images, new_labels = (t.to(settings.device) for t in shapes.draw(names, max(100, count // 8), seed=1001))
     viewed = make_views(images, **settings.views)
-    model = seeded(0, getattr(models, arch))
+    model = seeded(0, getattr(ensure_torchvision().models, arch))
     network = cut(model, "all", settings.teacher_size, len(names), seed=0)[1]
     history = fit(
         network, lambda index, view: normalise(view_pixels(viewed, index, view)), labels,

@@ -4,8 +4,11 @@ import pytest
 import torch
 import yaml
 
+from kdutils.compat import ensure_torchvision
 from kdutils.data import Dataset, Split
 from kdutils.settings import load_settings
+
+ensure_torchvision()  # for the tests that import torchvision themselves
 
 TINY = {
     "data": "shapes10", "train_size": 40, "val_size": 10, "test_size": 10, "split_seed": 0,
