@@ -58,8 +58,6 @@ def _minutes(seconds: float) -> str:
 
 def _execute(name: str, output: Path, parameters: Mapping[str, Any], settings: Settings) -> None:
     import papermill
-    from jupyter_client.kernelspec import NoSuchKernel
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     # it warns of every parameter that a notebook does not list; the notebooks refuse those that are no settings
@@ -71,15 +69,15 @@ def _execute(name: str, output: Path, parameters: Mapping[str, Any], settings: S
                 kernel_name="python3", cwd=str(ROOT / "notebooks"), progress_bar=False,
                 extra_arguments=["--IPKernelApp.log_level=ERROR"],
             )  # fmt: skip
-    except (DeadKernelError, NoSuchKernel) as error:
-        raise UserError(
-            f"{name} lost its Python kernel ({error}); if memory ran out, lower teacher_size, teacher_views or "
-            f"feature_memory_gb (what had run: {shown_path(output)})"
-        ) from error
     except PapermillExecutionError as error:
         reason = error.evalue if error.ename in ("UserError", "TrainingError") else f"{error.ename}: {error.evalue}"
         raise UserError(
             f"{name} stopped in cell {error.exec_count}: {reason} (what had run: {shown_path(output)})"
+        ) from error
+    except (RuntimeError, KeyError) as error:  # nbclient's DeadKernelError and jupyter_client's NoSuchKernel
+        raise UserError(
+            f"{name} lost its Python kernel ({error}); if memory ran out, lower teacher_size, teacher_views or "
+            f"feature_memory_gb (what had run: {shown_path(output)})"
         ) from error
 
 

@@ -78,7 +78,7 @@ def run_make(*arguments, **options):
 
 
 @make
-@pytest.mark.parametrize("target", "help setup demo report pdf test bench clean distclean".split())
+@pytest.mark.parametrize("target", "help setup demo report pdf test clean distclean".split())
 def test_targets_can_be_made(target):
     result = run_make("-C", str(ROOT), "-n", target)
     assert result.returncode == 0, result.stderr
