@@ -6,6 +6,8 @@ DATA =
 DATA_NAME =
 WEIGHTS =
 PARAMS =
+IMAGENET =
+EPOCHS = 30
 
 quote = '$(subst ','\'',$(1))'
 run = .venv/bin/python -m kdutils
@@ -24,7 +26,7 @@ apt_install = { command -v apt-get && { test "$$(id -u)" = 0 || sudo -n true; };
 # The stamp holds the folder it was made in: an environment that moved with its folder is made again.
 stamp = .venv/.stamp-setup
 
-.PHONY: help setup tex demo report pdf test clean distclean
+.PHONY: help setup tex demo report pdf pretrain test clean distclean
 ifneq ($(shell cat $(stamp) 2>/dev/null),$(CURDIR))
 .PHONY: $(stamp)
 endif
@@ -41,6 +43,8 @@ help:
 	@echo '    make report DATA=folder:data/pets DATA_NAME="my pets"'
 	@echo 'ResNet weights from a folder instead of a download:'
 	@echo '    make report WEIGHTS=weights'
+	@echo 'ResNet weights made here, from images in FOLDER/train/CLASS/* and FOLDER/val/CLASS/*, in hours or with a GPU:'
+	@echo '    make pretrain IMAGENET=FOLDER EPOCHS=30'
 	@echo 'Any parameter of the notebooks:'
 	@echo '    make report PARAMS="-p epochs 60 -p temperature 2"'
 	@echo '    make demo PARAMS="-p seeds [0]"'
@@ -73,15 +77,19 @@ tex:
 		echo '    sudo apt-get update && sudo apt-get install --no-install-recommends $(tex_packages)'; }
 
 demo: setup
-	$(run) run --profile demo $(params)
-	$(run) report --profile demo $(params)
+	$(run) run --profile demo $(params) --report
 
 report: setup
-	$(run) run --profile $(call quote,$(PROFILE)) $(params)
-	$(run) report --profile $(call quote,$(PROFILE)) $(params) --out report
+	$(run) run --profile $(call quote,$(PROFILE)) $(params) --report --out report
 
 pdf: setup
 	$(run) report --pdf-only --out report
+
+# Both ResNets; each goes on from where it was cut.
+pretrain: $(stamp)
+	@test -n $(call quote,$(IMAGENET)) || { echo 'Name the images: make pretrain IMAGENET=data/tiny-imagenet'; exit 1; } >&2
+	$(run) pretrain $(call quote,$(IMAGENET)) --arch resnet18 --epochs $(EPOCHS)
+	$(run) pretrain $(call quote,$(IMAGENET)) --arch resnet50 --epochs $(EPOCHS)
 
 test: setup
 	.venv/bin/python -m pytest -q

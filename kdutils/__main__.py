@@ -1,12 +1,27 @@
-"""The command line: python -m kdutils run | report | results."""
+"""The command line: python -m kdutils run | report | results | sweep | pretrain."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from kdutils import pipeline
+from kdutils.models import pretraining_facts, read_header
+from kdutils.pretraining import Pretraining, default_recipe, pretrain_on_folder
 from kdutils.report import REPORT, LatexMissing
-from kdutils.settings import Settings, UserError, load_settings, project_path, shown_path
+from kdutils.settings import (
+    ARCHITECTURES,
+    Settings,
+    UserError,
+    checked,
+    load_settings,
+    pick_device,
+    pick_precision,
+    project_path,
+    shown_path,
+)
+from kdutils.sweeps import read_sweep, run_sweep, sweep_table
 
 EXAMPLES = """examples:
   python -m kdutils run --profile demo                      the four notebooks on generated images, in minutes
@@ -14,7 +29,9 @@ EXAMPLES = """examples:
   python -m kdutils run --profile cifar10-standin -p data folder:data/cifar10-jpeg -p weights weights
   python -m kdutils report --profile demo                   typeset what the last run found
   python -m kdutils results --profile demo                  print its table
+  python -m kdutils pretrain data/tiny-imagenet-40 --arch resnet18 --epochs 20      make weights/resnet18.safetensors
 """
+SPELT = {"teacher_size": "--size", "split_seed": "--seed"}  # options of `pretrain` that are checked as settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         ("run", _run, "run the four notebooks through papermill"),
         ("report", _report, "export what the notebooks show, and typeset the PDF"),
         ("results", _results, "print a run's results table"),
+        ("sweep", _sweep, "try out settings on validation images"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
@@ -49,10 +67,37 @@ def _parser() -> argparse.ArgumentParser:
             "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
             help="set a parameter; may be given many times",
         )  # fmt: skip
+        if name == "sweep":
+            command.add_argument("file", metavar="FILE", help="what to try: a .yaml file, as in report/sweeps")
+            command.add_argument("--out", metavar="FOLDER", help="where to write (default: beside FILE)")
+        if name == "run":
+            command.add_argument("--report", action="store_true", help="make the report, too")
+        if name in ("run", "report"):
+            command.add_argument("--out", metavar="FOLDER", help="where the report goes (default: the run's folder)")
         if name == "report":
-            command.add_argument("--out", metavar="FOLDER", help="where to write (default: the run's folder)")
             command.add_argument("--pdf-only", action="store_true", help="typeset what FOLDER/generated holds")
+    _add_pretrain(commands)
     return parser
+
+
+def _add_pretrain(commands: argparse._SubParsersAction) -> None:
+    text = "pre-train a ResNet on an image folder, for where ImageNet's weights cannot be had"
+    command = commands.add_parser("pretrain", help=text, description=text)
+    command.set_defaults(command=_pretrain)
+    command.add_argument("images", metavar="PATH", help="images in PATH/train/<class>/* and PATH/val/<class>/*")
+    command.add_argument("--arch", choices=ARCHITECTURES, required=True)
+    command.add_argument("--epochs", required=True)
+    command.add_argument("--size", dest="teacher_size", metavar="PIXELS", default=64, help="that the network sees (default: 64)")
+    command.add_argument("--batch-size", help="images a step (default: 128, on CUDA 1024)")
+    command.add_argument("--learning-rate", help="at its peak (default: by batch size, lower with --init)")
+    command.add_argument("--schedule", default="one_cycle", help="one_cycle (the default), cosine or constant")
+    command.add_argument("--init", metavar="FILE", help="begin with these weights")
+    command.add_argument("--out", metavar="FOLDER", default="weights", help="where to write (default: weights)")
+    command.add_argument("--name", default="", help="what the report calls the images (default: the folder's name)")
+    command.add_argument("--seed", dest="split_seed", metavar="SEED", default=0)
+    command.add_argument("--device", default="auto")
+    command.add_argument("--precision", default="auto", help="float32 or bfloat16 (default: what is faster here)")
+    command.add_argument("--threads", help="CPU threads (default: all cores)")
 
 
 def _parameters(options: argparse.Namespace) -> dict[str, str]:
@@ -71,17 +116,23 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _run(options: argparse.Namespace) -> None:
-    pipeline.run(options.profile, _parameters(options))
+    if options.out and not options.report:
+        raise UserError("--out: says where the report goes; add --report")
+    settings = pipeline.run(options.profile, _parameters(options))
+    if options.report:
+        _make_report(settings, options)
 
 
 def _report(options: argparse.Namespace) -> None:
-    out = project_path(options.out) if options.out else None
     if options.pdf_only:
-        folder = out or REPORT
+        folder = project_path(options.out) if options.out else REPORT
         print(f"report: {shown_path(pipeline.typeset(folder / 'generated', folder / 'report.pdf'))}")
         return
-    settings = _settings(options)
-    out = out or settings.run_folder
+    _make_report(_settings(options), options)
+
+
+def _make_report(settings: Settings, options: argparse.Namespace) -> None:
+    out = project_path(options.out) if options.out else settings.run_folder
     generated = pipeline.export(settings, out)
     print(pipeline.results_frame(settings.run_folder).to_string(index=False))
     try:
@@ -92,6 +143,38 @@ def _report(options: argparse.Namespace) -> None:
 
 def _results(options: argparse.Namespace) -> None:
     print(pipeline.results_frame(_settings(options).run_folder).to_string(index=False))
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    path = project_path(options.file)
+    out = (project_path(options.out) if options.out else path.parent) / f"{path.stem}.csv"
+    frame = run_sweep(read_sweep(path), options.profile, _parameters(options), out)
+    print(sweep_table(frame).to_string(index=False))
+    print(f"rows: {shown_path(out)}")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    device = pick_device(checked("device", options.device))
+    # a GPU computes a small batch faster than Python can ask for the next
+    options.batch_size = options.batch_size or (1024 if device == "cuda" else 128)
+    names = ("epochs", "teacher_size", "batch_size", "schedule", "split_seed", "precision", "threads")
+    given = {
+        name: checked(name, getattr(options, name), SPELT.get(name, f"--{name}".replace("_", "-"))) for name in names
+    }
+    rate = options.learning_rate and checked("learning_rate", options.learning_rate)
+    if given["threads"]:
+        torch.set_num_threads(given["threads"])
+    recipe = default_recipe(given["epochs"], given["batch_size"], rate, given["schedule"], bool(options.init))
+    precision = pick_precision(given["precision"], device)
+    how = Pretraining(options.arch, given["teacher_size"], recipe, given["split_seed"], precision, device)
+    init = project_path(options.init) if options.init else None
+    print(f"{how.arch} at {how.size} px on {device} in {precision}; {recipe}", flush=True)
+    path = pretrain_on_folder(
+        project_path(options.images), how, project_path(options.out), init=init, name=options.name
+    )
+    header = read_header(path)
+    accuracy = pretraining_facts(header)["val_accuracy"]
+    print(f"{shown_path(path)}: {header['description']}; {accuracy:.1%} of the validation images right")
 
 
 if __name__ == "__main__":

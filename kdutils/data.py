@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kdutils import shapes
 from kdutils.compat import ensure_torchvision
-from kdutils.runs import artefact, network_timeout, tensor_checksum
+from kdutils.runs import artefact, fingerprint, network_timeout, tensor_checksum
 from kdutils.settings import Settings, UserError, project_path, shown_path
 
 NUM_CLASSES = 10
@@ -88,14 +88,34 @@ def load_data(settings: Settings) -> Dataset:
         "val": Split(train.images[indices[1]], train.labels[indices[1]]),
         "test": Split(test.images[test_indices], test.labels[test_indices]),
     }
-    checksum = tensor_checksum(
-        {f"{part}_{field}": tensor for part, split in parts.items() for field, tensor in split._asdict().items()}
-    )[:16]
+    checksums = {part: tensor_checksum(split._asdict())[:16] for part, split in parts.items()}
     return Dataset(
-        name, classes, **{part: split.to(settings.device) for part, split in parts.items()}, checksum=checksum,
-        part_checksums={part: tensor_checksum(split._asdict())[:16] for part, split in parts.items()},
+        name, classes, **{part: split.to(settings.device) for part, split in parts.items()},
+        checksum=fingerprint(checksums), part_checksums=checksums,
         is_generated=kind == "shapes10", is_cifar10=kind == "cifar10",
     )  # fmt: skip
+
+
+def rotate_validation(dataset: Dataset, fold: int) -> Dataset:
+    """The same labelled images with other ones held out: fold 0 is the data set as it is; in fold k the k-th
+    `len(val)` training images are the validation images, and the former ones train in their place.
+
+    Raises `UserError` for a fold that the training images do not have.
+    """
+    if fold == 0:
+        return dataset
+    size = len(dataset.val.labels)
+    held_out = slice((fold - 1) * size, fold * size)
+    if held_out.stop > len(dataset.train.labels):
+        raise UserError(f"fold: there are folds 0 to {len(dataset.train.labels) // size} of {size} images, not {fold}")
+    val = Split(*(tensor[held_out] for tensor in dataset.train))
+    train = Split(*(
+        torch.cat([mine[: held_out.start], former, mine[held_out.stop :]])
+        for mine, former in zip(dataset.train, dataset.val, strict=True)
+    ))  # fmt: skip
+    checksums = {part: tensor_checksum(split._asdict())[:16] for part, split in (("train", train), ("val", val))}
+    checksums = dataset.part_checksums | checksums
+    return dataset._replace(train=train, val=val, part_checksums=checksums, checksum=fingerprint(checksums))
 
 
 def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int, name: str = "sizes") -> list[Tensor]:
@@ -157,61 +177,81 @@ def _shapes10(settings: Settings) -> tuple[list[str], Split, Split]:
 
 
 def _folder(folder: Path, settings: Settings) -> tuple[list[str], Split, Split]:
-    """Images of `folder/{train,test}/<class>/*`; decoded once, then kept as an artefact of the run."""
-    files = {part: _list_images(folder / part) for part in ("train", "test")}
-    classes = sorted(files["train"])
-    if classes != sorted(files["test"]):
-        odd = sorted(set(files["train"]) ^ set(files["test"]))
+    classes, parts = read_image_folder(folder, ("train", "test"), IMAGE_SIZE, settings.run_folder / "data", NUM_CLASSES)
+    return classes, parts["train"], parts["test"]
+
+
+def read_image_folder(
+    folder: Path, names: Sequence[str], size: int, cache: Path, num_classes: int | None = None
+) -> tuple[list[str], dict[str, Split]]:
+    """The images of `folder/<part>/<class>/*` for the parts `names`, size x size; decoded once, then kept in `cache`.
+
+    Raises `UserError` for missing folders, classes that differ among the parts or are not `num_classes`, bad images.
+    """
+    files = {part: _list_images(folder / part) for part in names}
+    first = files[names[0]]
+    classes = sorted(first)
+    if not classes:
         raise UserError(
-            f"data: train and test of {shown_path(folder)} must hold the same class folders; only one has "
-            f"{', '.join(odd)}"
+            f"data: {shown_path(folder / names[0])} holds no class folders; it must hold one folder of images a class"
         )
-    if len(classes) != NUM_CLASSES:
-        raise UserError(f"data: {shown_path(folder / 'train')} holds {len(classes)} class folders; it must be ten")
+    for part, by_class in files.items():
+        if odd := sorted(set(first) ^ set(by_class)):
+            raise UserError(
+                f"data: {names[0]} and {part} of {shown_path(folder)} must hold the same class folders; only one has "
+                f"{', '.join(odd[:10])}"
+            )
+    if num_classes not in (None, len(classes)):
+        raise UserError(
+            f"data: {shown_path(folder / names[0])} holds {len(classes)} class folders; it must be {num_classes}"
+        )
     listed = hashlib.sha256()
     for part, by_class in files.items():
         for name in classes:
-            for path in by_class[name]:
-                facts = _stat(path)
-                listed.update(f"{part}/{name}/{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    key = {"what": "decoded images", "files": listed.hexdigest(), "size": IMAGE_SIZE}
+            for path, facts in by_class[name].items():
+                listed.update(f"{part}/{name}/{os.path.basename(path)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    key = {"what": "decoded images", "files": listed.hexdigest(), "size": size}
 
     def make() -> tuple[dict[str, Tensor], dict]:
         return {
             f"{part}_{field}": tensor
             for part, by_class in files.items()
-            for field, tensor in _decode(by_class, classes, part)._asdict().items()
+            for field, tensor in _decode(by_class, classes, part, size)._asdict().items()
         }, {"classes": classes}
 
-    tensors = artefact(settings.run_folder / "data", "images", key, make).tensors
-    return classes, *(Split(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in ("train", "test"))
+    tensors = artefact(cache, "images", key, make).tensors
+    return classes, {part: Split(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in names}
 
 
-def _list_images(folder: Path) -> dict[str, list[Path]]:
+def _list_images(folder: Path) -> dict[str, dict[str, os.stat_result]]:
+    """The image files of every class folder, by name, with their sizes and times."""
     if not folder.is_dir():
         raise UserError(f"data: there is no folder {shown_path(folder)}; it must hold one folder of images a class")
     found = {}
     for sub in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        found[sub.name] = sorted(
-            path for path in sub.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        )
+        with os.scandir(sub) as entries:
+            images = [
+                entry for entry in entries
+                if not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+            ]  # fmt: skip
+        found[sub.name] = {entry.path: _stat(entry) for entry in sorted(images, key=lambda entry: entry.name)}
         if not found[sub.name]:
             raise UserError(f"data: the class folder {shown_path(sub)} holds no images; add some or remove it")
     return found
 
 
-def _stat(path: Path) -> os.stat_result:
+def _stat(entry: os.DirEntry) -> os.stat_result:
     try:
-        return path.stat()
+        return entry.stat()
     except OSError as error:
-        raise UserError(f"data: {shown_path(path)} cannot be read ({error.strerror}); mend or remove it") from error
+        raise UserError(f"data: {shown_path(entry.path)} cannot be read ({error.strerror}); mend or remove it") from error
 
 
-def _decode(by_class: dict[str, list[Path]], classes: Sequence[str], part: str) -> Split:
+def _decode(by_class: Mapping[str, Iterable[str]], classes: Sequence[str], part: str, size: int) -> Split:
     paths = [(path, label) for label, name in enumerate(classes) for path in by_class[name]]
-    images = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     for i, (path, _) in enumerate(tqdm(paths, desc=f"reading {part} images", leave=False, disable=None)):
-        images[i] = read_image(path)
+        images[i] = read_image(Path(path), size)
     return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in paths]))
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import itertools
+import json
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -61,46 +63,56 @@ def seeded(seed: int, build, *args):
         return build(*args)
 
 
-class Backbone(NamedTuple):
-    """A ResNet and where its weights come from."""
+class Source(NamedTuple):
+    """Where pre-trained weights come from; `pretraining`: what their file says of how they were made."""
 
-    model: nn.Module
     description: str
     is_standin: bool
     checksum: str
+    pretraining: dict = {}
 
 
 class Resize(nn.Module):
-    """Bilinear enlargement of float [B, 3, H, W] to `size` x `size`."""
+    """Enlargement of float [B, 3, H, W] to `size` x `size`; `mode`: `bilinear`, `bicubic` or `nearest`."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, mode: str = "bilinear"):
         super().__init__()
-        self.size = size
+        self.size, self.mode = size, mode
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2:] == (self.size, self.size):
             return x
-        return F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        aligned = {} if self.mode == "nearest" else {"align_corners": False}
+        return F.interpolate(x, (self.size, self.size), mode=self.mode, **aligned)
 
 
-def load_backbone(arch: str, weights: str) -> Backbone:
+def backbone_source(arch: str, weights: str) -> Source:
+    """Where the weights of the setting come from (`imagenet`, `none` or a folder), without loading them.
+
+    Raises `UserError` for absent weights.
+    """
+    if weights == "none":
+        return Source("no pre-training: trained as a whole from random weights", True, "none")
+    if weights == "imagenet":
+        return Source("ImageNet-1k (torchvision IMAGENET1K_V1)", False, _imagenet_weights(arch)[1])
+    path = weights_file(project_path(weights), arch)
+    header = read_header(path)
+    description = header.get("description") or f"pre-trained weights of {shown_path(path)}"
+    is_standin = header.get("standin", "").lower() == "true"
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return Source(description, is_standin, checksum, pretraining_facts(header))
+
+
+def load_backbone(arch: str, weights: str) -> nn.Module:
     """A torchvision ResNet with the weights of the setting: `imagenet`, `none` or a folder.
 
     Raises `UserError` for absent or unfit weights, and without a network when they must be downloaded.
     """
-    models = ensure_torchvision().models
     if weights == "none":
-        model = seeded(0, getattr(models, arch))
-        return Backbone(model, "no pre-training: trained as a whole from random weights", True, "none")
+        return seeded(0, getattr(ensure_torchvision().models, arch))
     if weights == "imagenet":
-        state, description, is_standin, checksum = _imagenet_state(arch)
-    else:
-        path = weights_file(project_path(weights), arch)
-        state, header = read_state(path)
-        description = header.get("description") or f"pre-trained weights of {shown_path(path)}"
-        is_standin = header.get("standin", "").lower() == "true"
-        checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Backbone(with_state(arch, state), description, is_standin, checksum)
+        return with_state(arch, _imagenet_state(arch))
+    return with_state(arch, read_state(weights_file(project_path(weights), arch))[0])
 
 
 def with_state(arch: str, state: dict[str, Tensor]) -> nn.Module:
@@ -123,6 +135,26 @@ def with_state(arch: str, state: dict[str, Tensor]) -> nn.Module:
     return model
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """The header of a .safetensors file; empty for a .pth. Raises `UserError` for a damaged file."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"weights: {shown_path(path)} cannot be read ({error}); give an undamaged file") from error
+
+
+def pretraining_facts(header: Mapping[str, str]) -> dict:
+    """What a weights file's header says of how this project made it; empty for a file from elsewhere."""
+    try:
+        facts = json.loads(header.get("pretraining", "{}"))
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State dict and header of a .safetensors or .pth file; nothing in the file is executed."""
     try:
@@ -140,36 +172,47 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, {}
 
 
-def _imagenet_state(arch: str) -> tuple[dict[str, Tensor], str, bool, str]:
-    models = ensure_torchvision().models
-    weights = models.get_model_weights(arch).IMAGENET1K_V1
+def _imagenet_weights(arch: str):
+    """torchvision's weights, and the start of their file's SHA-256, which its name carries."""
+    weights = ensure_torchvision().models.get_model_weights(arch).IMAGENET1K_V1
+    return weights, weights.url.rsplit("-", 1)[-1].removesuffix(".pth")
+
+
+def _imagenet_state(arch: str) -> dict[str, Tensor]:
+    weights, expected = _imagenet_weights(arch)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-    expected = weights.url.rsplit("-", 1)[-1].removesuffix(".pth")  # the name carries the start of the SHA-256
     if cached.is_file() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(expected):
         raise UserError(f"weights: the downloaded {cached} is damaged (its checksum does not fit); delete it")
     try:
         with network_timeout():
-            state = weights.get_state_dict(progress=False, check_hash=True)
+            return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, HTTPException) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"weights: {arch}'s ImageNet weights cannot be downloaded ({reason}); get {weights.url} elsewhere, name it "
             f"{arch}.pth and give its folder as weights, or use weights = generated or none"
         ) from error
-    return state, "ImageNet-1k (torchvision IMAGENET1K_V1)", False, expected
 
 
-def cut(model: nn.Module, trainable: str, size: int, num_classes: int, seed: int) -> tuple[nn.Sequential, nn.Sequential]:
+def cut(
+    model: nn.Module, trainable: str, size: int, num_classes: int, seed: int, *, resize: str = "bilinear",
+    standardize: bool = False,
+) -> tuple[nn.Sequential, nn.Sequential]:  # fmt: skip
     """Cut a ResNet into (frozen prefix, trainable suffix) with a new last layer for `num_classes`, seeded.
 
     `trainable`: `last_layer` (fc), `last_block` (layer4 and fc) or `all` (the prefix is then empty). The composition
     takes normalised images float [B, 3, H, W], which it resizes to `size`, and gives logits [B, num_classes].
-    Prefix and suffix share their modules with `model`.
+    `standardize`: the last layer is given features of mean 0 and variance 1 (a BatchNorm without weights). Prefix and
+    suffix share their modules with `model`.
     """
-    first = {"last_layer": "fc", "last_block": "layer4", "all": "resize"}[trainable]
-    parts = OrderedDict(resize=Resize(size))
+    features = model.fc.in_features
+    parts = OrderedDict(resize=Resize(size, resize))
     parts |= {name: module for name, module in model.named_children() if name != "fc"}
-    parts |= {"flatten": nn.Flatten(), "fc": seeded(seed, nn.Linear, model.fc.in_features, num_classes)}
+    parts["flatten"] = nn.Flatten()
+    if standardize:
+        parts["standardize"] = nn.BatchNorm1d(features, affine=False)
+    parts["fc"] = seeded(seed, nn.Linear, features, num_classes)
+    first = {"last_layer": "standardize" if standardize else "fc", "last_block": "layer4", "all": "resize"}[trainable]
     names = list(parts)
     at = names.index(first)
     prefix = nn.Sequential(OrderedDict((name, parts[name]) for name in names[:at]))

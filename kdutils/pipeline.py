@@ -1,7 +1,6 @@
 """The notebooks in batch, through papermill; the report made of them; `python -m kdutils` calls these."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -17,10 +16,11 @@ import pandas as pd
 from kdutils import report
 from kdutils.data import load_data
 from kdutils.metrics import parameter_count
-from kdutils.models import SmallCNN, load_backbone
+from kdutils.models import SmallCNN
 from kdutils.results import read_results
 from kdutils.runs import write_text
-from kdutils.settings import ARCHITECTURES, ROOT, Settings, UserError, apply_threads, load_settings, shown_path
+from kdutils.settings import ARCHITECTURES, ROOT, Settings, UserError, apply_threads, load_settings, logits_file, shown_path
+from kdutils.teachers import check_weights, save_logits
 
 EXECUTED_WITH = "executed-with.txt"  # beside the executed notebooks: the digest of their settings
 NOTEBOOKS = ("01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers")
@@ -34,11 +34,10 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     """
     settings = load_settings(profile, **parameters)
     apply_threads(settings)
-    data_name = load_data(dataclasses.replace(settings, device="cpu")).name
-    if settings.weights != "generated":
-        for arch in ARCHITECTURES:
-            load_backbone(arch, settings.weights)
-    print(f"{data_name}; {settings.device}, {settings.precision}; artefacts in {shown_path(settings.run_folder)}")
+    dataset = load_data(settings)
+    for arch in ARCHITECTURES:
+        check_weights(arch, dataset, settings)
+    print(f"{dataset.name}; {settings.device}, {settings.precision}; artefacts in {shown_path(settings.run_folder)}")
     folder = settings.run_folder / "notebooks"
     write_text(folder / EXECUTED_WITH, settings.digest())
     given = {"profile": profile} | {name: getattr(settings, name) for name in parameters}
@@ -139,6 +138,10 @@ def export(settings: Settings, out: Path) -> Path:
     if out == report.REPORT:
         for path in notebooks:
             _copy_notebook(path, out / "notebooks" / path.name)
+        if not any(logits_file(settings.weights, arch) for arch in ARCHITECTURES):
+            dataset = load_data(settings)
+            for arch in ARCHITECTURES:
+                save_logits(arch, dataset, settings, out / "teachers")
         report.update_readme(ROOT / "README.md", report.results_table(results), readme_note(provenance))
     return generated
 

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import textwrap
 import unicodedata
 from collections.abc import Mapping
@@ -43,6 +42,8 @@ class LatexMissing(UserError):
 
 
 RULE_OF_NAMES = "a name is made of a-z, 0-9 and -, such as curves-scratch"
+
+SELECTION = ("pretraining-", "sweep-")  # names of floats about how the teachers were made and chosen
 
 WORDS = {
     "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "one_cycle": "one-cycle",
@@ -180,7 +181,8 @@ def export_notebooks(notebooks: list[Path], out: Path) -> None:
     """Turn executed notebooks into what report.tex reads, with the nbconvert template in `report/template`.
 
     Writes `<stem>.tex` (one definition for each float), `<stem>-code.tex` (the code, for the appendix),
-    `figures/<name>.pdf` and `notebooks.tex` (the list of stems) into `out`; removes what an earlier export
+    `figures/<name>.pdf` and `notebooks.tex` (the stems, and the floats about how teachers were chosen, which some runs
+    have) into `out`; removes what an earlier export
     left there. Raises `UserError` for a notebook that failed or did not finish, and for a name used twice.
     """
     import nbformat
@@ -205,7 +207,8 @@ def export_notebooks(notebooks: list[Path], out: Path) -> None:
         files[out / f"{path.stem}.tex"] = _export(nb, "index.tex.j2", resources).encode()
         files[out / f"{path.stem}-code.tex"] = _export(nb, "code.tex.j2", resources).encode()
     stems = ",".join(Path(path).stem for path in notebooks)
-    files[out / "notebooks.tex"] = f"\\def\\kdnotebooks{{{stems}}}\n".encode()
+    selection = ",".join(name for name in places if name.startswith(SELECTION))
+    files[out / "notebooks.tex"] = f"\\def\\kdnotebooks{{{stems}}}\n\\def\\kdselection{{{selection}}}\n".encode()
     for path, content in files.items():
         write_atomically(path, lambda part, content=content: part.write_bytes(content))
     for old in {*out.glob("*.tex"), *out.glob("figures/*.pdf")} - files.keys() - {out / "macros.tex"}:
@@ -421,6 +424,7 @@ def update_readme(path: Path, frame: pd.DataFrame, notes: str = "") -> None:
 def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
     """Typeset `report_dir`'s report.tex with what `generated` holds; the same input gives the same bytes.
 
+    What LaTeX needs from run to run stays in `build` beside the PDF: with nothing changed, latexmk has nothing to do.
     Returns LaTeX's lines about boxes that stick out by more than 2 pt. Raises `UserError` when latexmk is
     missing, when LaTeX stops (with its first error and where the log is), and for undefined references.
     """
@@ -429,27 +433,29 @@ def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
     for needed in ("macros.tex", "notebooks.tex"):
         if not (generated / needed).is_file():
             raise UserError(f"report: there is no {shown_path(generated / needed)}; run the notebooks first")
-    with tempfile.TemporaryDirectory() as folder:
-        build = Path(folder)
-        for name in ("report.tex", "references.bib"):
-            shutil.copy(report_dir / name, build)
-        shutil.copytree(generated, build / "generated")
-        options = "-norc -pdf -halt-on-error -interaction=nonstopmode -latexoption=-no-shell-escape".split()
-        fixed = {"FORCE_SOURCE_DATE": "1", "max_print_line": "1000"}
-        environment = {"SOURCE_DATE_EPOCH": "0"} | dict(os.environ) | fixed
-        run = subprocess.run(
-            ["latexmk", *options, "report.tex"], cwd=build, env=environment,
-            capture_output=True, encoding="utf-8", errors="replace",
-        )  # fmt: skip
-        log_file = build / "report.log"
-        log = log_file.read_text("utf-8", "replace") if log_file.is_file() else run.stdout + run.stderr
-        wrong = _what_is_wrong(log, run)
-        kept = pdf.with_suffix(".log")
-        if wrong:
-            write_text(kept, log)
-            raise UserError(f"report: {wrong}; the log is {shown_path(kept)}")
-        write_atomically(pdf, lambda part: shutil.copy(build / "report.pdf", part))
-        kept.unlink(missing_ok=True)
+    build = pdf.parent / "build"
+    build.mkdir(parents=True, exist_ok=True)
+    for name in ("report.tex", "references.bib"):
+        shutil.copy(report_dir / name, build)
+    shutil.rmtree(build / "generated", ignore_errors=True)
+    shutil.copytree(generated, build / "generated")
+    options = "-norc -pdf -halt-on-error -interaction=nonstopmode -latexoption=-no-shell-escape".split()
+    fixed = {"FORCE_SOURCE_DATE": "1", "max_print_line": "1000"}
+    environment = {"SOURCE_DATE_EPOCH": "0"} | dict(os.environ) | fixed
+    run = subprocess.run(
+        ["latexmk", *options, "report.tex"], cwd=build, env=environment,
+        capture_output=True, encoding="utf-8", errors="replace",
+    )  # fmt: skip
+    log_file = build / "report.log"
+    log = log_file.read_text("utf-8", "replace") if log_file.is_file() else run.stdout + run.stderr
+    wrong = _what_is_wrong(log, run)
+    kept = pdf.with_suffix(".log")
+    if wrong:
+        write_text(kept, log)
+        shutil.rmtree(build)  # the next attempt starts afresh
+        raise UserError(f"report: {wrong}; the log is {shown_path(kept)}")
+    write_atomically(pdf, lambda part: shutil.copy(build / "report.pdf", part))
+    kept.unlink(missing_ok=True)
     sticking_out = re.finditer(r"^Overfull .*?\(([\d.]+)pt too (?:wide|high)\).*$", log, flags=re.MULTILINE)
     return [found.group() for found in sticking_out if float(found[1]) > 2]
 

@@ -1,6 +1,6 @@
 """What trained models scored: tidy rows for `results.csv`, the numbers behind the tables, the notes on data and weights."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from kdutils.data import Dataset
 from kdutils.models import normalise
 from kdutils.runs import artefact, record
 from kdutils.settings import Settings, UserError, shown_path
-from kdutils.students import StudentRun
+from kdutils.students import StudentRun, describe_builder
 from kdutils.teachers import Teacher, TeacherRun
 
 PARTS = ("train", "val", "test")
@@ -130,33 +130,33 @@ def note(dataset: Dataset, *teachers: Teacher) -> str:
 
 
 def model_costs(
-    entries: dict[str, nn.Module], dataset: Dataset, settings: Settings, repeats: int = 10
+    entries: Mapping[str, Callable[[], nn.Module]], dataset: Dataset, settings: Settings, repeats: int = 10
 ) -> pd.DataFrame:
     """What networks that take normalised 32x32 images cost, a row each: label, parameters, megabytes (float32, 10^6
     bytes), multiply_adds, latency (seconds an image, one at a time) and latency_batched (in batches of 100).
 
-    Latencies are measured once, and kept with the run.
+    `entries` gives by label what builds a network: a class or function, its arguments bound by `functools.partial`.
+    Everything is measured once, and kept with the run.
     """
     lines = []
-    for label, model in entries.items():
-        model = model.to(settings.device).eval()
-        key = {"what": "latency", "layers": str(model), "device": settings.device}
-        make = partial(_measure_latency, model, dataset, repeats)
-        measured = artefact(settings.run_folder / "costs", f"latency-{label.replace(' ', '_')}", key, make).facts
-        parameters = metrics.parameter_count(model)
-        lines.append({
-            "label": label, "parameters": parameters, "megabytes": parameters * 4 / 1e6,
-            "multiply_adds": metrics.multiply_adds(model, (3, 32, 32)), **measured,
-        })  # fmt: skip
-    return pd.DataFrame(lines)
+    for label, build in entries.items():
+        key = {"what": "costs", "network": describe_builder(build), "device": settings.device}
+        make = partial(_measure_costs, build, dataset, settings.device, repeats)
+        found = artefact(settings.run_folder / "costs", f"costs-{label.replace(' ', '_')}", key, make).facts
+        lines.append({"label": label, **found})
+    return pd.DataFrame(lines, columns=["label", "parameters", "megabytes", "multiply_adds", "latency", "latency_batched"])
 
 
-def _measure_latency(model: nn.Module, dataset: Dataset, repeats: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _measure_costs(build: Callable, dataset: Dataset, device: str, repeats: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    model = build().to(device).eval()
     images = normalise(dataset.test.images[:100])
+    parameters = metrics.parameter_count(model)
     return {}, {
+        "parameters": parameters, "megabytes": parameters * 4 / 1e6,
+        "multiply_adds": metrics.multiply_adds(model, (3, 32, 32)),
         "latency": metrics.latency(model, images[:1], repeats),
         "latency_batched": metrics.latency(model, images, repeats),
-    }
+    }  # fmt: skip
 
 
 def finish(

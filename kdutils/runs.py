@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kdutils.settings import ROOT, Settings, UserError, checked, default_of, read_profile, shown_path
@@ -71,33 +71,62 @@ def artefact(
     path = artefact_path(folder, name, key)
     if path.exists():
         loaded = _load(path)
-        if isinstance(loaded, Artefact):
-            return loaded
-        print(f"{shown_path(path)}: {loaded}; made again")
+        if isinstance(loaded, tuple) and loaded[1].fingerprint == fingerprint(key):
+            return loaded[1]
+        reason = loaded if isinstance(loaded, str) else "was made under other settings"
+        print(f"{shown_path(path)}: {reason}; made again")
     start = time.perf_counter()
     tensors, facts = make()
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     made = Artefact(tensors, facts, fingerprint(key), time.perf_counter() - start)
-    about = json.dumps({"key": dict(key), "facts": facts, "seconds": made.seconds}, sort_keys=True)
-    header = {"fingerprint": made.fingerprint, "about": about, "checksum": _checksum(tensors, about)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    write_artefact(path, key, made)
     return made
 
 
-def _load(path: Path) -> Artefact | str:
-    """The artefact in a file, or the reason why it cannot be trusted."""
+def write_artefact(path: Path, key: Mapping[str, Any], made: Artefact) -> Path:
+    """Write an artefact to a file of any name; returns its path."""
+    about = json.dumps({"key": dict(key), "facts": made.facts, "seconds": made.seconds}, sort_keys=True)
+    header = {"fingerprint": made.fingerprint, "about": about, "checksum": _checksum(made.tensors, about)}
+    return write_tensors(path, made.tensors, header)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
+    """Write a .safetensors file atomically: the same content gives the same bytes. Returns its path."""
+    content = save(dict(tensors), metadata=dict(header))
+    # as it comes, the file's own header is in another order every time
+    end = 8 + int.from_bytes(content[:8], "little")
+    ordered = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    ordered += b" " * (-len(ordered) % 8)  # tensors stay aligned
+    parts = (len(ordered).to_bytes(8, "little"), ordered, memoryview(content)[end:])
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.writelines(parts)
+
+    write_atomically(path, write)
+    return path
+
+
+def read_artefact(path: Path) -> tuple[dict[str, Any], Artefact]:
+    """An artefact, and the key it was made under, from a file of any name. Raises `UserError` for a damaged file."""
+    loaded = _load(path)
+    if not isinstance(loaded, tuple):
+        raise UserError(f"{shown_path(path)}: {loaded}; get it again")
+    return loaded
+
+
+def _load(path: Path) -> tuple[dict[str, Any], Artefact] | str:
+    """The key and the artefact in a file, or the reason why it cannot be trusted."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         return f"cannot be read ({error})"
-    if header.get("fingerprint") != path.stem.rsplit("-", 1)[-1]:
-        return "was made under other settings"
     if header.get("checksum") != _checksum(tensors, header.get("about", "")):
         return "is damaged (its checksum does not fit)"
     about = json.loads(header["about"])
-    return Artefact(tensors, about["facts"], header["fingerprint"], about["seconds"])
+    return about["key"], Artefact(tensors, about["facts"], fingerprint(about["key"]), about["seconds"])
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
@@ -106,13 +135,7 @@ def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
-    except OSError as error:
-        raise UserError(
-            f"runs_dir: cannot write to {shown_path(path.parent)} ({error.strerror}); free space, or choose another"
-        ) from error
+    descriptor, name = _temporary_file(path.parent, path.stem, "runs_dir")
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -121,6 +144,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_file(folder: Path, stem: str, setting: str) -> tuple[int, str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkstemp(dir=folder, prefix=f".{stem}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(
+            f"{setting}: cannot write to {shown_path(folder)} ({error.strerror}); free space, or choose another"
+        ) from error
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Raise `UserError` for a folder that nothing can be written to, before there is anything to write."""
+    descriptor, name = _temporary_file(folder, "try", setting)
+    os.close(descriptor)
+    os.unlink(name)
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ _SEEDS = Rule("a list of one or more different whole numbers, such as [0, 1, 2]"
 _OPTIMIZER = _one_of("adam", "adamw", "sgd")
 _SCHEDULE = _one_of("constant", "cosine", "one_cycle")
 _TRAINABLE = _one_of("last_layer", "last_block")
+_YES_OR_NO = Rule("true or false", lambda value: isinstance(value, bool))
 
 
 def _optional(rule: Rule) -> Rule:
@@ -118,6 +119,7 @@ class Settings:
     # Teachers
     weights: str = _setting(_TEXT)
     teacher_size: int = _setting(Rule("a whole number from 32 to 512", lambda v: _is_int(v) and 32 <= v <= 512))
+    teacher_resize: str = _setting(_one_of("bilinear", "bicubic", "nearest"), default="bilinear")
     teacher_seeds: list[int] = _setting(_SEEDS)
     teacher_views: int = _setting(_at_least(1))
     teacher_batch_size: int = _setting(_at_least(2))
@@ -128,10 +130,14 @@ class Settings:
     resnet50_epochs: int = _setting(_at_least(1))
     resnet50_learning_rate: float = _setting(_POSITIVE)
     resnet50_weight_decay: float = _setting(_NOT_NEGATIVE)
+    resnet50_last_layer_factor: float = _setting(_POSITIVE, default=1.0)  # its learning rate, in terms of the block's
+    resnet50_standardize: bool = _setting(_YES_OR_NO, default=False)  # the features that the last layer is given
     resnet18_trainable: str = _setting(_TRAINABLE)
     resnet18_epochs: int = _setting(_at_least(1))
     resnet18_learning_rate: float = _setting(_POSITIVE)
     resnet18_weight_decay: float = _setting(_NOT_NEGATIVE)
+    resnet18_last_layer_factor: float = _setting(_POSITIVE, default=1.0)  # its learning rate, in terms of the block's
+    resnet18_standardize: bool = _setting(_YES_OR_NO, default=False)  # the features that the last layer is given
     # Pre-training on the spot, for weights = generated
     generated_images: int = _setting(_at_least(100), default=4000)
     generated_epochs: int = _setting(_at_least(1), default=3)
@@ -205,13 +211,20 @@ def read_profile(profile: str) -> dict[str, Any]:
     path = PROFILES / f"{profile}.yaml" if profile in known else project_path(profile)
     if path.suffix != ".yaml" or not path.is_file():
         raise UserError(f"profile: there is no '{profile}'; use one of {', '.join(known)}, or the path of a .yaml file")
+    return read_yaml(path, "profile")
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """A YAML file of named values. Raises `UserError` for one that is missing, no YAML, or names a value twice."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"{what}: {shown_path(path)} cannot be read ({error.strerror}); give a .yaml file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"profile: {shown_path(path)} is not valid YAML ({reason}); mend that line") from error
+        raise UserError(f"{what}: {shown_path(path)} is not valid YAML ({reason}); mend that line") from error
     if not isinstance(values, dict):
-        raise UserError(f"profile: {shown_path(path)} must hold lines of 'setting: value'; see demo.yaml")
+        raise UserError(f"{what}: {shown_path(path)} must hold lines of 'name: value'")
     return values
 
 
@@ -259,25 +272,28 @@ def load_settings(profile: str, **overrides: Any) -> Settings:
     _check_together(settings)
     return dataclasses.replace(
         settings,
-        device=(device := _pick_device(settings.device)),
-        precision=_pick_precision(settings.precision, device),
+        device=(device := pick_device(settings.device)),
+        precision=pick_precision(settings.precision, device),
     )
 
 
-def checked(name: str, value: Any) -> Any:
-    """The value of a setting in its own type (text read as a number or list where one is due); `UserError` if unfit."""
+def checked(name: str, value: Any, spelt: str | None = None) -> Any:
+    """The value of a setting in its own type (text read as a number or list where one is due).
+
+    Raises `UserError` if it is unfit, which calls the setting `spelt`, if given.
+    """
     rule = _FIELDS[name].metadata["rule"]
     found = value
     # papermill's -p delivers lists, and YAML delivers 1e-3, as text
     with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
         if isinstance(value, str) and name not in _TEXTS:
-            found = ast.literal_eval(value)
+            found = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
         if name in _FLOATS and _is_int(found):
             found = float(found)
     if isinstance(found, tuple):
         found = list(found)
     if not rule.accepts(found):
-        raise UserError(f"{name}: {value!r:.80} will not do; it must be {rule.text}")
+        raise UserError(f"{spelt or name}: {value!r:.80} will not do; it must be {rule.text}")
     if name == "weights" and found not in ("imagenet", "generated", "none"):
         return _normal_path(found)
     if name == "data" and found.startswith("folder:"):
@@ -304,7 +320,14 @@ def _check_together(settings: Settings) -> None:
                 "with resnet50.safetensors and resnet18.safetensors (or .pth)"
             )
         for arch in ARCHITECTURES:
-            weights_file(folder, arch)
+            if logits_file(settings.weights, arch) is None:
+                weights_file(folder, arch)
+
+
+def logits_file(weights: str, arch: str) -> Path | None:
+    """The file with a fine-tuned teacher's logits that a `weights` folder may hold in place of weights."""
+    path = project_path(weights) / f"{arch}-logits.safetensors"
+    return path if weights not in ("imagenet", "generated", "none") and path.is_file() else None
 
 
 def weights_file(folder: Path, arch: str) -> Path:
@@ -318,7 +341,8 @@ def weights_file(folder: Path, arch: str) -> Path:
     )
 
 
-def _pick_device(device: str) -> str:
+def pick_device(device: str) -> str:
+    """The device that a setting names; `auto`: CUDA, Apple's GPU or the CPU, the first that is there."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
         return "cuda" if cuda else "mps" if mps else "cpu"
@@ -327,7 +351,7 @@ def _pick_device(device: str) -> str:
     return device
 
 
-def _pick_precision(precision: str, device: str) -> str:
+def pick_precision(precision: str, device: str) -> str:
     """bfloat16 autocast where the processor computes in it; elsewhere it is emulated, and many times slower."""
     if precision != "auto":
         return precision

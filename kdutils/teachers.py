@@ -2,20 +2,24 @@
 
 import copy
 import dataclasses
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdutils import shapes
-from kdutils.compat import ensure_torchvision
-from kdutils.data import Dataset
+from kdutils.data import Dataset, Split
 from kdutils.losses import cross_entropy
-from kdutils.models import Backbone, cut, fold_batch_norms, load_backbone, normalise, seeded, with_state
-from kdutils.runs import Artefact, artefact, artefact_path
-from kdutils.settings import Settings
+from kdutils.models import Source, backbone_source, cut, fold_batch_norms, load_backbone, normalise, with_state
+from kdutils.pretraining import Pretraining, pretrain
+from kdutils.runs import Artefact, artefact, artefact_path, fingerprint, read_artefact, tensor_checksum, write_artefact
+from kdutils.settings import Settings, UserError, logits_file, shown_path
 from kdutils.training import History, Recipe, autocast, fit, memory_format, predict, progress_lines
-from kdutils.views import ViewedImages, make_views, view_pixels
+from kdutils.views import ViewedImages, make_views, view_pixels, view_table
+
+BLOCK = 1000  # features are computed and kept for so many images at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Teacher:
     parameters_trained: int
     views_trained: int
     feature_seconds: float
+    pretraining: dict = dataclasses.field(default_factory=dict)
 
     def run_for(self, student_seed: int) -> TeacherRun:
         """The run that the student of this seed learns from: run number `student_seed` modulo the number of runs."""
@@ -61,6 +66,7 @@ class Teacher:
             "description": self.description, "is_standin": self.is_standin, "checksum": self.checksum,
             "trainable": self.trainable, "parameters_total": self.parameters_total,
             "parameters_trained": self.parameters_trained, "views_trained": self.views_trained,
+            "pretraining": self.pretraining,
         }  # fmt: skip
 
 
@@ -82,185 +88,312 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
     The frozen prefix's features of every view are computed once, in float16, and kept; each seed fits a suffix on
     them, and the suffixes' logits for every (index, view) are what students learn from. With weights = `none` there
     is nothing worth freezing, and the whole network is trained. Whatever was made before and still fits is loaded.
+    Where the `weights` folder holds a fine-tuned teacher's logits in place of weights, they are the teacher.
     """
-    backbone = _backbone(arch, settings)
-    trainable = "all" if settings.weights == "none" else settings.of_teacher(arch, "trainable")
-    size, classes = settings.teacher_size, len(dataset.classes)
-    folder = settings.run_folder / "teachers"
-    name = f"{arch}-{trainable}"
-    viewed = {
-        "train": make_views(dataset.train.images, **settings.views),
-        "val": make_views(dataset.val.images, 0, 1),
-        "test": make_views(dataset.test.images, 0, 1),
-    }
-    num_views = len(viewed["train"].table)
-    seed_suffix = {seed: cut(backbone.model, trainable, size, classes, seed)[1] for seed in settings.teacher_seeds}
-    prefix = cut(backbone.model, trainable, size, classes, 0)[0]
-    key = {
-        "what": "features", "arch": arch, "weights": backbone.checksum, "trainable": trainable, "size": size,
-        "precision": settings.precision,
-    }  # fmt: skip
-    cost: dict[tuple[str, int], float] = {}
+    kept = logits_file(settings.weights, arch)
+    if kept is not None:
+        return _from_logits(kept, arch, dataset, settings)
+    work = _FineTuning(arch, dataset, settings)
+    return _teacher(artefact(work.folder, work.logits_name, work.logits_key, work.make), settings)
 
-    def features(part: str, view: int) -> Tensor:
-        """What the suffix is given for one view of every image of a part: [N, ...]."""
-        if not len(prefix):
-            return normalise(_all_pixels(viewed[part], view))
-        here = folder / f"{name}-features"
-        make = partial(_prefix_features, prefix, viewed[part], view, settings, f"{arch}: {part} view {view}")
-        shifted = viewed[part].table[view].tolist()
-        this_view = {**key, "images": dataset.part_checksums[part], "view": shifted}
-        found = artefact(here, f"{part}-view{view:03d}", this_view, make)
-        cost[part, view] = found.seconds
-        return found.tensors["features"].to(settings.device)
 
-    trained_views = num_views if not len(prefix) else _affordable_views(features, num_views, settings, name)
-    recipe = teacher_recipe(arch, settings)
-    fit_key = {
-        **key, "what": "suffix", "recipe": dataclasses.asdict(recipe), "trained_views": trained_views,
-        "views": settings.views, "data": [dataset.part_checksums[part] for part in ("train", "val")],
-        "label_smoothing": settings.teacher_label_smoothing,
-    }  # fmt: skip
-    seed_key = {seed: {**fit_key, "seed": seed} for seed in settings.teacher_seeds}
-    logits_key = {**fit_key, "what": "logits", "seeds": settings.teacher_seeds, "data": dataset.checksum}
-    cached: list[Tensor] = []  # the training features, read only if a suffix must be fitted
+def check_weights(arch: str, dataset: Dataset, settings: Settings) -> None:
+    """Raise `UserError` for weights that are absent or unfit, before anything is trained; a teacher that is made
+    already needs none."""
+    if settings.weights == "generated" or logits_file(settings.weights, arch) is not None:
+        return
+    work = _FineTuning(arch, dataset, settings)
+    made = list(work.folder.glob(f"{work.name}-logits-*.safetensors"))
+    if not made or work.logits_path not in made:
+        load_backbone(arch, settings.weights)
 
-    def fit_suffix(seed: int) -> Artefact:
-        def make() -> tuple[dict[str, Tensor], dict]:
-            if len(prefix) and not cached:
-                one = features("train", 0)
-                cached.append(one.new_empty(trained_views, *one.shape))
-                for view in range(trained_views):
-                    cached[0][view] = features("train", view)
-            if len(prefix):
-                inputs = partial(_gather_features, cached[0])
-            else:
-                inputs = lambda index, view: normalise(view_pixels(viewed["train"], index, view))  # noqa: E731
-            # the modules are shared among seeds: each starts from the backbone's own weights
-            suffix = copy.deepcopy(seed_suffix[seed])
-            labels = dataset.train.labels
-            checkpoint = artefact_path(folder, f"{name}-seed{seed}", seed_key[seed]).with_suffix(".checkpoint")
-            history = fit(
-                suffix, inputs, labels,
-                lambda logits, index, view: cross_entropy(logits, labels[index], settings.teacher_label_smoothing),
-                recipe, num_views=trained_views, seed=seed, validation=(features("val", 0), dataset.val.labels),
-                precision=settings.precision, name=f"{arch}, {trainable}, seed {seed}", checkpoint=checkpoint,
-            )  # fmt: skip
-            return suffix.state_dict(), {"history": history}
 
-        made = artefact(folder, f"{name}-seed{seed}", seed_key[seed], make)
-        artefact_path(folder, f"{name}-seed{seed}", seed_key[seed]).with_suffix(".checkpoint").unlink(missing_ok=True)
-        return made
+def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) -> Artefact:
+    """One seed's fine-tuning for its history alone, scored on the validation images; test images are not looked at.
 
-    fitted = {seed: fit_suffix(seed) for seed in settings.teacher_seeds}
+    Keeps the facts `history`, `trained_views` and `weights` (their checksum), and no network.
+    """
+    work = _FineTuning(arch, dataset, settings)
+    name, key = f"{work.name}-seed{seed}", work.key("trial", seed=seed)
+    folder = work.folder / "trials"
+    checkpoint = artefact_path(folder, name, key).with_suffix(".checkpoint")
 
-    def make_logits() -> tuple[dict[str, Tensor], dict]:
-        suffixes = []
-        for seed in settings.teacher_seeds:
-            suffix = memory_format(copy.deepcopy(seed_suffix[seed]).to(settings.device))
-            suffix.load_state_dict(fitted[seed].tensors)
-            suffixes.append(suffix)
-        jobs = [("val", 0), ("test", 0)] + [("train", view) for view in range(num_views)]
-        found: dict[str, list[Tensor]] = {"val": [], "test": [], "train": []}
-        for part, view in progress_lines(jobs, f"{arch}: logits of every view"):
-            x = features(part, view)
-            found[part].append(torch.stack([predict(s, x, settings.precision, batch_size=250) for s in suffixes]).half())
-        return {
-            "val": found["val"][0], "test": found["test"][0],
-            "train": torch.stack(found["train"], dim=2),  # [S, N, V, C]
-        }, {"feature_seconds": sum(cost.values())}  # fmt: skip
+    def make() -> tuple[dict[str, Tensor], dict]:
+        history = work.fit(seed, checkpoint)[1]
+        return {}, {**history, "trained_views": work.trained_views, "weights": work.source.checksum}
 
-    logits = artefact(folder, f"{name}-logits", logits_key, make_logits)
-    on_device = {part: tensor.to(settings.device) for part, tensor in logits.tensors.items()}
+    found = artefact(folder, name, key, make)
+    checkpoint.unlink(missing_ok=True)
+    return found
+
+
+def save_logits(arch: str, dataset: Dataset, settings: Settings, folder: Path) -> Path:
+    """Keep the logits of the first teacher seed in `folder`, which then serves as the setting `weights`."""
+    work = _FineTuning(arch, dataset, settings)
+    made = artefact(work.folder, work.logits_name, work.logits_key, work.make)
+    first = {part: tensor[:1].contiguous() for part, tensor in made.tensors.items()}
+    key = work.logits_key | {"seeds": settings.teacher_seeds[:1]}
+    kept = Artefact(first, made.facts | {"runs": made.facts["runs"][:1]}, fingerprint(key), made.seconds)
+    return write_artefact(folder / f"{arch}-logits.safetensors", key, kept)
+
+
+def _teacher(found: Artefact, settings: Settings) -> Teacher:
+    on_device = {part: tensor.to(settings.device) for part, tensor in found.tensors.items()}
+    facts = found.facts
     runs = [
         TeacherRun(
-            arch, trainable, seed, fitted[seed].facts["history"],
+            facts["arch"], facts["trainable"], run["seed"], run["history"],
             {"train": on_device["train"][i, :, 0].float(), "val": on_device["val"][i].float(),
              "test": on_device["test"][i].float()},
-            on_device["train"][i], fitted[seed].seconds, fitted[seed].fingerprint,
+            on_device["train"][i], run["seconds"], run["fingerprint"],
         )
-        for i, seed in enumerate(settings.teacher_seeds)
+        for i, run in enumerate(facts["runs"])
     ]  # fmt: skip
-    trained = sum(p.numel() for p in seed_suffix[settings.teacher_seeds[0]].parameters())
-    return Teacher(
-        arch, trainable, runs, backbone.description, backbone.is_standin, backbone.checksum,
-        trained + sum(p.numel() for p in prefix.parameters()), trained, trained_views,
-        logits.facts["feature_seconds"],
-    )  # fmt: skip
+    return Teacher(runs=runs, **{name: value for name, value in facts.items() if name != "runs"})
 
 
-def _gather_features(cached: Tensor, index: Tensor, view: Tensor) -> Tensor:
-    """The features [B, ...] of (index, view) pairs out of [V, N, ...], in the layout the suffix is fastest with."""
-    x = cached[view, index].float()
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+def _from_logits(path: Path, arch: str, dataset: Dataset, settings: Settings) -> Teacher:
+    """A teacher out of its kept logits: right only for the very images, views and fine-tuning it was made with."""
+    key, found = read_artefact(path)
+    asked = _FineTuning(arch, dataset, settings).logits_key
+    for name in sorted(asked.keys() - {"weights", "precision", "trained_views"}):
+        if key.get(name) != asked[name]:
+            raise UserError(
+                f"weights: the logits in {shown_path(path)} were made with {name} = {key.get(name)!r:.150}, not "
+                f"{asked[name]!r:.150}; use those settings and data, or give the ResNet's weights"
+            )
+    return _teacher(found, settings)
 
 
-def _all_pixels(viewed: ViewedImages, view: int) -> Tensor:
-    index = torch.arange(len(viewed.padded), device=viewed.padded.device)
+class _FineTuning:
+    """One backbone's fine-tuning: what it depends on, and its steps. The network is built when first needed."""
+
+    def __init__(self, arch: str, dataset: Dataset, settings: Settings):
+        self.arch, self.dataset, self.settings = arch, dataset, settings
+        self.trainable = "all" if settings.weights == "none" else settings.of_teacher(arch, "trainable")
+        self.folder = settings.run_folder / "teachers"
+        self.name = f"{arch}-{self.trainable}"
+        self.num_views = len(view_table(**settings.views))
+        self.feature_seconds = 0.0
+        self._checksums: dict[tuple[str, int], str] = {}
+        self._cached: Tensor | None = None  # the training features, read only if a suffix must be fitted
+
+    @cached_property
+    def source(self) -> Source:
+        kept = logits_file(self.settings.weights, self.arch)
+        if kept is not None:
+            return Source("fine-tuned elsewhere", True, "logits")
+        if self.settings.weights == "generated":
+            return _generated(self.arch, self.settings)[0]
+        return backbone_source(self.arch, self.settings.weights)
+
+    @cached_property
+    def backbone(self) -> nn.Module:
+        if self.settings.weights == "generated":
+            return with_state(self.arch, _generated(self.arch, self.settings)[1])
+        return load_backbone(self.arch, self.settings.weights)
+
+    def cut(self, seed: int) -> tuple[nn.Sequential, nn.Sequential]:
+        """The frozen prefix, and a suffix of its own for a seed."""
+        settings = self.settings
+        prefix, suffix = cut(
+            self.backbone, self.trainable, settings.teacher_size, len(self.dataset.classes), seed,
+            resize=settings.teacher_resize, standardize=settings.of_teacher(self.arch, "standardize"),
+        )  # fmt: skip
+        # the modules are shared among seeds: each starts from the backbone's own weights
+        return prefix, copy.deepcopy(suffix)
+
+    @cached_property
+    def prefix_key(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "what": "features", "arch": self.arch, "weights": self.source.checksum, "trainable": self.trainable,
+            "size": settings.teacher_size, "resize": settings.teacher_resize, "precision": settings.precision,
+        }  # fmt: skip
+
+    def key(self, what: str, **more: Any) -> dict[str, Any]:
+        """What a suffix (with its seed) or the logits (with their seeds) depend on."""
+        settings, of = self.settings, partial(self.settings.of_teacher, self.arch)
+        return {
+            **self.prefix_key, "what": what, "recipe": dataclasses.asdict(teacher_recipe(self.arch, settings)),
+            "trained_views": self.trained_views, "views": settings.views,
+            "data": [self.dataset.part_checksums[part] for part in ("train", "val")],
+            "label_smoothing": settings.teacher_label_smoothing, "standardize": of("standardize"),
+            "last_layer_factor": of("last_layer_factor"), **more,
+        }  # fmt: skip
+
+    @cached_property
+    def logits_key(self) -> dict[str, Any]:
+        return self.key("logits", seeds=self.settings.teacher_seeds, data=self.dataset.checksum)
+
+    @property
+    def logits_name(self) -> str:
+        return f"{self.name}-logits"
+
+    @property
+    def logits_path(self) -> Path:
+        return artefact_path(self.folder, self.logits_name, self.logits_key)
+
+    @cached_property
+    def trained_views(self) -> int:
+        """How many views the suffix is fitted on: as set, or fewer if their features exceed the memory budget."""
+        settings = self.settings
+        asked = min(settings.teacher_views, self.num_views)
+        if self.trainable == "all":
+            return self.num_views
+        if logits_file(settings.weights, self.arch) is not None:
+            return asked
+        one = self.features("val", 0)
+        per_view = one[0].numel() * one.element_size() * settings.train_size / 1e9
+        affordable = max(1, min(asked, int(settings.feature_memory_gb / per_view)))
+        if affordable < asked:
+            print(
+                f"{self.name}: fitted on {affordable} of {asked} views, because one view's features take {per_view:.2f} "
+                f"GB and feature_memory_gb is {settings.feature_memory_gb}"
+            )
+        return affordable
+
+    @cached_property
+    def viewed(self) -> dict[str, ViewedImages]:
+        views = {"train": self.settings.views, "val": {"max_shift": 0, "shift_step": 1}}
+        return {
+            part: make_views(getattr(self.dataset, part).images, **views.get(part, views["val"]))
+            for part in ("train", "val", "test")
+        }
+
+    def features(self, part: str, view: int) -> Tensor:
+        """What the suffix is given for one view of every image of a part: [N, ...]."""
+        if self.trainable == "all":
+            return normalise(_pixels(self.viewed[part], slice(None), view))
+        found = []
+        count = len(self.viewed[part].padded)
+        for first in range(0, count, BLOCK):
+            block = slice(first, min(first + BLOCK, count))
+            key = {
+                **self.prefix_key, "images": self._block_checksum(part, block),
+                "view": self.viewed[part].table[view].tolist(),
+            }  # fmt: skip
+            make = partial(self._block_features, part, block, view)
+            one = artefact(self.folder / f"{self.name}-features", f"view{view:03d}", key, make)
+            self.feature_seconds += one.seconds
+            found.append(one.tensors["features"])
+        return torch.cat(found).to(self.settings.device)
+
+    def _block_checksum(self, part: str, block: slice) -> str:
+        """Of the images alone: another split of the same images finds the blocks that stayed together."""
+        if (part, block.start) not in self._checksums:
+            images = getattr(self.dataset, part).images[block]
+            self._checksums[part, block.start] = tensor_checksum({"images": images})[:16]
+        return self._checksums[part, block.start]
+
+    def _block_features(self, part: str, block: slice, view: int) -> tuple[dict[str, Tensor], dict]:
+        frozen, found = self._frozen, []
+        for pixels in _pixels(self.viewed[part], block, view).split(250):
+            with torch.inference_mode(), autocast(self.settings.device, self.settings.precision):
+                found.append(frozen(normalise(pixels)).half())
+        return {"features": torch.cat(found)}, {}
+
+    @cached_property
+    def _frozen(self) -> nn.Module:
+        prefix = copy.deepcopy(self.cut(0)[0])
+        return memory_format(fold_batch_norms(prefix).to(self.settings.device))
+
+    def suffix(self, seed: int) -> Artefact:
+        """The fitted suffix of a seed."""
+        name, key = f"{self.name}-seed{seed}", self.key("suffix", seed=seed)
+        checkpoint = artefact_path(self.folder, name, key).with_suffix(".checkpoint")
+        found = artefact(self.folder, name, key, partial(self.fit, seed, checkpoint))
+        checkpoint.unlink(missing_ok=True)
+        return found
+
+    def fit(self, seed: int, checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
+        """Fit a seed's suffix: its tensors and its history."""
+        dataset, settings = self.dataset, self.settings
+        suffix, labels = self.cut(seed)[1], dataset.train.labels
+        history = fit(
+            suffix, self._inputs, labels,
+            lambda logits, index, view: cross_entropy(logits, labels[index], settings.teacher_label_smoothing),
+            teacher_recipe(self.arch, settings), num_views=self.trained_views, seed=seed,
+            validation=(self.features("val", 0), dataset.val.labels), precision=settings.precision,
+            name=f"{self.arch}, {self.trainable}, seed {seed}", checkpoint=checkpoint,
+            last_layer_factor=settings.of_teacher(self.arch, "last_layer_factor"),
+        )  # fmt: skip
+        return suffix.state_dict(), {"history": history}
+
+    def _inputs(self, index: Tensor, view: Tensor) -> Tensor:
+        """What the suffix is given for (index, view) pairs, in the layout it is fastest with."""
+        if self.trainable == "all":
+            return normalise(view_pixels(self.viewed["train"], index, view))
+        if self._cached is None:
+            one = self.features("train", 0)
+            self._cached = one.new_empty(self.trained_views, *one.shape)
+            for number in progress_lines(range(self.trained_views), f"{self.arch}: features of every view"):
+                self._cached[number] = self.features("train", number)
+        x = self._cached[view, index].float()
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    def make(self) -> tuple[dict[str, Tensor], dict]:
+        """The logits of every seed for every (index, view), and what else a `Teacher` is made of."""
+        settings = self.settings
+        fitted = {seed: self.suffix(seed) for seed in settings.teacher_seeds}
+        suffixes = []
+        for seed, found in fitted.items():
+            suffix = memory_format(self.cut(seed)[1].to(settings.device))
+            suffix.load_state_dict(found.tensors)
+            suffixes.append(suffix)
+        prefix_parameters = sum(p.numel() for p in self.cut(0)[0].parameters())
+        trained = sum(p.numel() for p in suffixes[0].parameters())
+        self._cached, self.feature_seconds = None, 0.0
+        jobs = [("val", 0), ("test", 0)] + [("train", view) for view in range(self.num_views)]
+        logits: dict[str, list[Tensor]] = {"val": [], "test": [], "train": []}
+        for part, view in progress_lines(jobs, f"{self.arch}: logits of every view"):
+            x = self.features(part, view)
+            one = [predict(suffix, x, settings.precision, batch_size=250) for suffix in suffixes]
+            logits[part].append(torch.stack(one).half())
+        tensors = {
+            "val": logits["val"][0], "test": logits["test"][0],
+            "train": torch.stack(logits["train"], dim=2),  # [S, N, V, C]
+        }  # fmt: skip
+        runs = [
+            {"seed": seed, "history": f.facts["history"], "seconds": f.seconds, "fingerprint": f.fingerprint}
+            for seed, f in fitted.items()
+        ]
+        return tensors, {
+            "arch": self.arch, "trainable": self.trainable, "runs": runs, **self.source._asdict(),
+            "parameters_total": prefix_parameters + trained, "parameters_trained": trained,
+            "views_trained": self.trained_views, "feature_seconds": self.feature_seconds,
+        }  # fmt: skip
+
+
+def _pixels(viewed: ViewedImages, block: slice, view: int) -> Tensor:
+    index = torch.arange(len(viewed.padded), device=viewed.padded.device)[block]
     return view_pixels(viewed, index, torch.full_like(index, view))
 
 
-@torch.inference_mode()
-def _prefix_features(
-    prefix: nn.Sequential, viewed: ViewedImages, view: int, settings: Settings, name: str, batch_size: int = 250
-) -> tuple[dict[str, Tensor], dict]:
-    frozen = memory_format(fold_batch_norms(copy.deepcopy(prefix)).to(settings.device))
-    batches = _all_pixels(viewed, view).split(batch_size)
-    found = []
-    for pixels in progress_lines(batches, name):
-        with autocast(settings.device, settings.precision):
-            found.append(frozen(normalise(pixels)).half())
-    return {"features": torch.cat(found)}, {}
-
-
-def _affordable_views(features, num_views: int, settings: Settings, name: str) -> int:
-    """How many views the suffix is fitted on: as set, or fewer if their features exceed the memory budget."""
-    asked = min(settings.teacher_views, num_views)
-    one = features("val", 0)
-    per_view = one[0].numel() * one.element_size() * settings.train_size / 1e9
-    affordable = max(1, min(asked, int(settings.feature_memory_gb / per_view)))
-    if affordable < asked:
-        print(
-            f"{name}: fitted on {affordable} of {asked} views, because one view's features take {per_view:.2f} GB "
-            f"and feature_memory_gb is {settings.feature_memory_gb}"
-        )
-    return affordable
-
-
-def _backbone(arch: str, settings: Settings) -> Backbone:
-    if settings.weights != "generated":
-        return load_backbone(arch, settings.weights)
+def _generated(arch: str, settings: Settings) -> tuple[Source, dict[str, Tensor]]:
+    """A ResNet pre-trained on the spot, once per run folder, on generated images of other shapes."""
     recipe = Recipe(settings.generated_epochs, 64, "adamw", "one_cycle", 2e-3, 0.02)
-    count, size = settings.generated_images, settings.teacher_size
+    how = Pretraining(arch, settings.teacher_size, recipe, 0, settings.precision, settings.device)
+    count = settings.generated_images
     key = {
-        "what": "pre-training on generated images", "arch": arch, "classes": list(shapes.OTHER_SHAPES),
-        "images": count, "size": size, "recipe": dataclasses.asdict(recipe), "views": settings.views,
-        "precision": settings.precision,
+        "what": "pre-training on generated images", "classes": list(shapes.OTHER_SHAPES), "images": count,
+        "arch": arch, "size": how.size, "recipe": dataclasses.asdict(recipe), "precision": how.precision,
     }  # fmt: skip
-    made = artefact(
-        settings.run_folder / "pretrained", arch, key, partial(_pretrain_generated, arch, recipe, count, settings)
-    )
+    made = artefact(settings.run_folder / "pretrained", arch, key, partial(_pretrain_generated, how, count))
     accuracy = made.facts["history"]["val_accuracy"][-1]
     description = (
         f"pre-trained here for {recipe.epochs} epochs on {count:,} generated images of "
         f"{len(shapes.OTHER_SHAPES)} other shapes ({accuracy:.0%} right on new ones)"
     )
-    return Backbone(with_state(arch, made.tensors), description, True, made.fingerprint)
+    return Source(description, True, made.fingerprint), made.tensors
 
 
-def _pretrain_generated(arch: str, recipe: Recipe, count: int, settings: Settings) -> tuple[dict[str, Tensor], dict]:
+def _pretrain_generated(how: Pretraining, count: int) -> tuple[dict[str, Tensor], dict]:
     """Pre-train a whole ResNet on generated images of shapes that shapes10 does not have."""
     names = list(shapes.OTHER_SHAPES)
-    images, labels = (t.to(settings.device) for t in shapes.draw(names, count, seed=1000))
-    new_images, new_labels = (t.to(settings.device) for t in shapes.draw(names, max(100, count // 8), seed=1001))
-    viewed = make_views(images, **settings.views)
-    model = seeded(0, getattr(ensure_torchvision().models, arch))
-    network = cut(model, "all", settings.teacher_size, len(names), seed=0)[1]
-    history = fit(
-        network, lambda index, view: normalise(view_pixels(viewed, index, view)), labels,
-        lambda logits, index, view: cross_entropy(logits, labels[index], label_smoothing=0.1),
-        recipe, num_views=len(viewed.table), seed=0, validation=(normalise(new_images), new_labels),
-        precision=settings.precision, name=f"{arch}: pre-training on other shapes",
-    )  # fmt: skip
-    state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
-    return state, {"history": history}
+    train, val = (
+        Split(*shapes.draw(names, images, seed)).to(how.device)
+        for images, seed in ((count, 1000), (max(100, count // 8), 1001))
+    )
+    state, history = pretrain(how, train, val, len(names), name=f"{how.arch}: pre-training on other shapes")
+    return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}, {"history": history}

@@ -76,32 +76,43 @@ def fit(
     precision: str = "float32",
     name: str = "training",
     checkpoint: Path | None = None,
+    last_layer_factor: float = 1.0,
 ) -> History:
     """Train `model` in place; the last epoch counts. Returns loss and accuracy of every epoch.
 
     Every step takes a batch of (index [B], view [B]) pairs: `inputs(index, view)` is what the model is given,
     `loss(logits [B, C], index, view)` a scalar. `labels` int64 [N] (-1: none) are for the training accuracy, which is
     measured on the augmented views while training. `validation` holds inputs and labels. The last, incomplete batch
-    of an epoch is left out. With a `checkpoint` path, a training that was cut goes on from its last saved epoch.
+    of an epoch is left out. `last_layer_factor`: the learning rate of the layer called `fc`, in terms of the recipe's.
+    With a `checkpoint` path, a training that was cut goes on from the step it was last saved at.
 
-    Raises `TrainingError` as soon as an epoch's loss is not finite.
+    Raises `TrainingError` when an epoch's loss is not finite, or that of an epoch so far where it would be saved.
     """
     device = labels.device
     memory_format(model.to(device))
-    optimizer = _optimizer(model, recipe, device)
+    optimizer = _optimizer(model, recipe, device, last_layer_factor)
     batch_size = min(recipe.batch_size, len(labels))
     steps = len(labels) // batch_size
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(recipe.schedule, steps * recipe.epochs))
     history: History = {key: [] for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")}
-    first = _restore(checkpoint, model, optimizer, schedule, history)
-    saved = time.monotonic()
-    with _progress(name, recipe.epochs, first) as report:
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    saver = _Saver(checkpoint, parts, history)
+    first, first_step, total, correct = (t.to(device) if isinstance(t, Tensor) else t for t in saver.restore())
+
+    def mean_loss(epoch: int, step: int) -> float:
+        mean = total.item() / step
+        if not math.isfinite(mean):
+            raise TrainingError(
+                f"{name}: the loss is {mean} in epoch {epoch + 1} (seed {seed}); lower the learning rate"
+            )
+        return mean
+
+    with _progress(name, recipe.epochs, steps, first + first_step / steps) as report:
         for epoch in range(first, recipe.epochs):
             order, view = (t.to(device) for t in draw(seed, epoch, len(labels), num_views))
+            batches = list(zip(order.split(batch_size), view.split(batch_size)))[first_step:steps]
             model.train()
-            total = torch.zeros((), device=device)
-            correct = torch.zeros((), device=device, dtype=torch.int64)
-            for batch, batch_view in zip(order.split(batch_size)[:steps], view.split(batch_size)):
+            for step, (batch, batch_view) in enumerate(batches, start=first_step + 1):
                 x = inputs(batch, batch_view)
                 with autocast(device.type, precision):
                     logits = model(x)
@@ -114,20 +125,21 @@ def fit(
                 # kept on the device: reading a number each step would stall a GPU
                 total += value.detach()
                 correct += (logits.detach().argmax(dim=1) == labels[batch]).sum()
-            mean_loss = total.item() / steps
-            if not math.isfinite(mean_loss):
-                raise TrainingError(
-                    f"{name}: the loss is {mean_loss} in epoch {epoch + 1} (seed {seed}); lower the learning rate"
-                )
+                if step < steps:
+                    report.step(epoch, step)
+                    if saver.is_due():
+                        mean_loss(epoch, step)  # what is not finite must not be saved
+                        saver.save(epoch, step, total, correct)
             logits = predict(model, validation[0], precision=precision)
-            history["train_loss"].append(mean_loss)
+            history["train_loss"].append(mean_loss(epoch, steps))
             history["train_accuracy"].append(correct.item() / (steps * batch_size))
             history["val_loss"].append(F.cross_entropy(logits, validation[1]).item())
             history["val_accuracy"].append((logits.argmax(dim=1) == validation[1]).float().mean().item())
-            report(epoch + 1, history)
-            if checkpoint is not None and epoch + 1 < recipe.epochs and time.monotonic() - saved > CHECKPOINT_EVERY:
-                _save(checkpoint, model, optimizer, schedule, history)
-                saved = time.monotonic()
+            report.epoch(history)
+            first_step = 0
+            total, correct = torch.zeros_like(total), torch.zeros_like(correct)
+            if epoch + 1 < recipe.epochs and saver.is_due():
+                saver.save(epoch + 1, 0, total, correct)
     model.eval()
     return history
 
@@ -146,12 +158,16 @@ def predict(model: nn.Module, inputs: Tensor, precision: str = "float32", batch_
     return torch.cat(results)
 
 
-def _optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+def _optimizer(
+    model: nn.Module, recipe: Recipe, device: torch.device, last_layer_factor: float
+) -> torch.optim.Optimizer:
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
+            rate = recipe.learning_rate * (last_layer_factor if name.startswith("fc.") else 1.0)
+            groups.setdefault((decay, rate), []).append(parameter)
+    groups = [{"params": members, "weight_decay": decay, "lr": rate} for (decay, rate), members in groups.items()]
     fused = device.type in ("cpu", "cuda")
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=fused)
@@ -171,53 +187,89 @@ def _rate(schedule: str, steps: int) -> Callable[[int], float]:
     )
 
 
-def _save(path: Path, model: nn.Module, optimizer, schedule, history: History) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    content = io.BytesIO()
-    torch.save({**state, "history": history}, content)
-    # torch.load does not check what it reads
-    checksum = hashlib.sha256(content.getbuffer()).digest()
-    write_atomically(path, lambda temporary: temporary.write_bytes(checksum + content.getbuffer()))
+class _Saver:
+    """Writes the checkpoint of a training now and then, and finds it again."""
 
+    def __init__(self, path: Path | None, parts: dict, history: History):
+        self.path, self.parts, self.history = path, parts, history
+        self.due = time.monotonic() + CHECKPOINT_EVERY
 
-def _restore(path: Path | None, model: nn.Module, optimizer, schedule, history: History) -> int:
-    """Load a checkpoint where there is an undamaged one; returns the number of epochs already done."""
-    if path is None or not path.exists():
-        return 0
-    content = path.read_bytes()
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        print(f"{shown_path(path)}: is damaged (its checksum does not fit); this training starts anew")
-        return 0
-    state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    history.update(state["history"])
-    return len(history["train_loss"])
+    def is_due(self) -> bool:
+        return self.path is not None and time.monotonic() >= self.due
+
+    def save(self, epoch: int, step: int, total: Tensor, correct: Tensor) -> None:
+        start = time.monotonic()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"history": self.history, "epoch": epoch, "step": step, "total": total, "correct": correct}
+        content = io.BytesIO()
+        torch.save(state, content)
+        # torch.load does not check what it reads
+        checksum = hashlib.sha256(content.getbuffer()).digest()
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                file.write(checksum)
+                file.write(content.getbuffer())
+
+        write_atomically(self.path, write)
+        now = time.monotonic()
+        self.due = now + CHECKPOINT_EVERY * max(1.0, 4 * (now - start))  # writing takes a sixtieth of the time at most
+
+    def restore(self) -> tuple[int, int, Tensor, Tensor]:
+        """Load a checkpoint where there is an undamaged one: the epochs and steps done, and that epoch's sums."""
+        anew = 0, 0, torch.zeros(()), torch.zeros((), dtype=torch.int64)
+        if self.path is None or not self.path.exists():
+            return anew
+        content = self.path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            print(f"{shown_path(self.path)}: is damaged (its checksum does not fit); this training starts anew")
+            return anew
+        state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+        if not state.keys() >= {*self.parts, "history", "epoch", "step", "total", "correct"}:
+            print(f"{shown_path(self.path)}: was written by an earlier version; this training starts anew")
+            return anew
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.history.update(state["history"])
+        return state["epoch"], state["step"], state["total"], state["correct"]
 
 
 class _progress:
-    """Shows a training's progress: a tqdm bar for people, one plain line an epoch for files and batch runs."""
+    """Shows a training's progress: a tqdm bar for people, plain lines for files and batch runs (one an epoch, and one
+    a minute in long epochs)."""
 
-    def __init__(self, name: str, epochs: int, first: int):
-        self.name, self.epochs, self.first, self.start = name, epochs, first, time.monotonic()
+    def __init__(self, name: str, epochs: int, steps: int, first: float):
+        self.name, self.epochs, self.steps, self.first = name, epochs, steps, first
+        self.start = self.shown = time.monotonic()
 
-    def __enter__(self) -> Callable[[int, History], None]:
+    def __enter__(self) -> "_progress":
         self.plain = open_progress_log()
         self.bar = None
         if self.plain is None:
-            self.bar = tqdm(total=self.epochs, initial=self.first, desc=self.name, unit="epoch", **bar_options())
-        return self._report
+            # n counts epochs, by steps
+            form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]"
+            options = {"total": self.epochs, "initial": self.first, "bar_format": form}
+            self.bar = tqdm(desc=self.name, **options, **bar_options())
+        return self
 
-    def _report(self, done: int, history: History) -> None:
-        loss, accuracy = history["train_loss"][-1], history["val_accuracy"][-1]
+    def step(self, epoch: int, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(1 / self.steps)
+        elif time.monotonic() - self.shown > 60:
+            self._line(f"epoch {epoch + 1}/{self.epochs}, step {step:,} of {self.steps:,}", epoch + step / self.steps)
+
+    def epoch(self, history: History) -> None:
+        done, loss, accuracy = len(history["train_loss"]), history["train_loss"][-1], history["val_accuracy"][-1]
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f}, val {accuracy:.1%}", refresh=False)
-            self.bar.update()
-            return
-        left = (time.monotonic() - self.start) / (done - self.first) * (self.epochs - done)
-        line = f"{self.name}: epoch {done}/{self.epochs}, loss {loss:.3f}, val {accuracy:.1%}, {left:.0f} s left"
-        print(line, file=self.plain, flush=True)
+            self.bar.update(done - self.bar.n)  # exactly, whatever the steps' fractions came to
+        else:
+            self._line(f"epoch {done}/{self.epochs}, loss {loss:.3f}, val {accuracy:.1%}", done)
+
+    def _line(self, text: str, done: float) -> None:
+        self.shown = time.monotonic()
+        left = (self.shown - self.start) / (done - self.first) * (self.epochs - done)
+        print(f"{self.name}: {text}, {left:.0f} s left", file=self.plain, flush=True)
 
     def __exit__(self, *exception: object) -> None:
         if self.bar is not None:

@@ -44,3 +44,23 @@ def view_pixels(viewed: ViewedImages, index: Tensor, view: Tensor) -> Tensor:
     columns = margin + right[:, None] + torch.where(flip[:, None] == 1, size - 1 - along, along)
     pixels = padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
     return pixels.permute(0, 3, 1, 2)
+
+
+NUM_CROPS = 2**61  # 20 bits each for a crop's size and place, one for its flip
+
+
+def crop_pixels(images: Tensor, index: Tensor, crop: Tensor, size: int) -> Tensor:
+    """Square crops of 40 to 100 % of an image's area, flipped or not, resized to `size`: float [B, 3, size, size].
+
+    images: uint8 [N, 3, H, W]; index: int64 [B]; crop: int64 [B], 0 to NUM_CROPS - 1, names a crop exactly. Values
+    stay within 0..255; bilinear, so meant for images at most about one and a half times as large as the crops.
+    """
+    fractions = [((crop >> shift) & 0xFFFFF).float() / 0xFFFFF for shift in (1, 21, 41)]
+    side = (0.4 + 0.6 * fractions[0]).sqrt()
+    right, down = ((1 - side) * (2 * fraction - 1) for fraction in fractions[1:])
+    flip = 1.0 - 2.0 * (crop & 1)
+    zero = torch.zeros_like(side)
+    where = torch.stack([torch.stack([side * flip, zero, right], 1), torch.stack([zero, side, down], 1)], 1)
+    grid = F.affine_grid(where, [len(index), images.shape[1], size, size], align_corners=False)
+    pixels = F.grid_sample(images[index].float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return pixels.contiguous(memory_format=torch.channels_last)

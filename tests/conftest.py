@@ -1,4 +1,4 @@
-"""What several test files share: a tiny profile whose runs lie in the test's own folder, and a tiny data set."""
+"""What several test files share: a tiny profile whose runs lie in the test's own folder, a tiny data set, messages."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import yaml
 
 from kdutils.compat import ensure_torchvision
 from kdutils.data import Dataset, Split
-from kdutils.settings import load_settings
+from kdutils.settings import UserError, load_settings
 
 ensure_torchvision()  # for the tests that import torchvision themselves
 
@@ -24,6 +24,29 @@ TINY = {
     "resnet18_weight_decay": 0.05,
     "device": "cpu", "precision": "float32",
 }  # fmt: skip
+
+
+def message_of(call, *arguments, **named):
+    """The message of the `UserError` that this call must end in: one line."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **named)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def error_of(capsys):
+    """Runs a command that must fail; returns its one line."""
+    from kdutils.__main__ import main  # takes seconds, and most tests have no need of it
+
+    def run(arguments):
+        assert main(arguments) == 1
+        out, err = capsys.readouterr()
+        assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err + out
+        return err
+
+    return run
 
 
 @pytest.fixture

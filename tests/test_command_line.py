@@ -12,14 +12,6 @@ from kdutils.runs import record
 from kdutils.settings import ROOT, UserError, load_settings
 
 
-def error_of(capsys, arguments):
-    """Run a command that must fail; its one line."""
-    assert main(arguments) == 1
-    out, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err + out
-    return err
-
-
 @pytest.mark.parametrize("parameters, fragments", [
     (["temprature", "3"], ["temprature", "did you mean 'temperature'?"]),
     (["temperature", "0"], ["temperature: '0'", "above 0"]),
@@ -46,38 +38,42 @@ def error_of(capsys, arguments):
     (["epochs", "1", "-p", "epochs", "1"], ["epochs: given twice"]),
     (["profile", "demo"], ["--profile"]),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_nothing_is_trained(capsys, tmp_path, tiny_profile, parameters, fragments):
-    message = error_of(capsys, ["run", "--profile", tiny_profile(), "-p", *parameters])
+def test_bad_input_is_one_line_and_nothing_is_trained(error_of, tmp_path, tiny_profile, parameters, fragments):
+    message = error_of(["run", "--profile", tiny_profile(), "-p", *parameters])
     assert all(fragment in message for fragment in fragments), message
     assert not list((tmp_path / "runs").rglob("*"))
 
 
 @pytest.mark.parametrize("command", ["run", "report", "results"])
-def test_every_command_checks_its_profile_and_parameters(capsys, command):
-    assert "there is no 'demmo'" in error_of(capsys, [command, "--profile", "demmo"])
-    assert "did you mean 'epochs'?" in error_of(capsys, [command, "--profile", "demo", "-p", "epohcs", "3"])
+def test_every_command_checks_its_profile_and_parameters(error_of, command):
+    assert "there is no 'demmo'" in error_of([command, "--profile", "demmo"])
+    assert "did you mean 'epochs'?" in error_of([command, "--profile", "demo", "-p", "epohcs", "3"])
 
 
 @pytest.mark.parametrize("command", ["report", "results"])
-def test_without_a_run_there_is_nothing_to_show(capsys, tiny_profile, tmp_path, command):
-    message = error_of(capsys, [command, "--profile", tiny_profile()])
+def test_without_a_run_there_is_nothing_to_show(error_of, tiny_profile, tmp_path, command):
+    message = error_of([command, "--profile", tiny_profile()])
     assert "results.csv" in message and "run the notebooks first" in message
     assert not (tmp_path / "runs").exists()
 
 
-def test_there_is_nothing_to_typeset_in_an_empty_folder(capsys, tmp_path):
-    message = error_of(capsys, ["report", "--pdf-only", "--out", str(tmp_path)])
+def test_there_is_nothing_to_typeset_in_an_empty_folder(error_of, tmp_path):
+    message = error_of(["report", "--pdf-only", "--out", str(tmp_path)])
     assert str(tmp_path / "generated") in message and "make report" in message
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["run", "--epochs", "3"], ["run", "-p", "epochs"], ["run", "demo"]])
+@pytest.mark.parametrize("arguments", [
+    [], ["train"], ["run", "--epochs", "3"], ["run", "-p", "epochs"], ["run", "demo"],
+    ["pretrain", "x", "--epochs", "1"], ["pretrain", "x", "--arch", "resnet18"],
+    ["pretrain", "x", "--epochs", "1", "--arch", "vgg16"],
+])  # fmt: skip
 def test_an_unknown_command_or_option_is_a_matter_of_usage(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2 and "usage: python -m kdutils" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["pretrain", "--help"]])
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -9,20 +9,13 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from conftest import message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdutils.data import load_data, read_image, stratified_split
+from kdutils.data import load_data, read_image, read_image_folder, stratified_split
 from kdutils.settings import UserError
-
-
-def message_of(call, *arguments, **named):
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **named)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @st.composite
@@ -362,3 +355,108 @@ def test_shapes10_is_the_same_every_time(tiny):
     assert one.checksum == other.checksum and one.is_generated and len(one.classes) == 10
     assert load_data(tiny(split_seed=1)).checksum != one.checksum
     assert one.train.labels.bincount().tolist() == [4] * 10
+
+
+KINDS = ["ant", "bee", "cow"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three classes in `train` (3 images each) and `val` (2 each), of two sizes."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 3), ("val", 2)):
+        for name in KINDS:
+            (tmp_path / "pictures" / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (24, 24, 3) if i else (30, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pictures" / part / name / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def read(pictures, tmp_path):
+    return lambda parts=("train", "val"), size=24, **named: read_image_folder(
+        pictures, parts, size, tmp_path / "cache", **named
+    )
+
+
+def test_any_number_of_classes_in_any_parts_and_size(read, pictures):
+    classes, parts = read()
+    assert classes == KINDS and list(parts) == ["train", "val"]
+    for part, count in (("train", 3), ("val", 2)):
+        images, labels = parts[part]
+        assert images.shape == (3 * count, 3, 24, 24) and images.dtype == torch.uint8
+        assert labels.tolist() == [label for label in range(3) for _ in range(count)]
+        files = [pictures / part / name / f"{i}.png" for name in KINDS for i in range(count)]
+        for image, path in zip(images, files, strict=True):
+            assert torch.equal(image, torch.from_numpy(read_image(path, 24).copy()).permute(2, 0, 1))
+    assert torch.equal(parts["train"].images[1], pixels_of(pictures / "train" / "ant" / "1.png"))
+
+
+def test_one_part_alone_and_another_size(read):
+    classes, parts = read(("val",), size=7)
+    assert classes == KINDS and list(parts) == ["val"] and parts["val"].images.shape == (6, 3, 7, 7)
+
+
+def test_a_folder_is_decoded_once_for_each_size(read, pictures, monkeypatch):
+    first = read()[1]
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded again"))
+    again = read()[1]
+    assert all(torch.equal(again[part].images, first[part].images) for part in first)
+    assert all(torch.equal(again[part].labels, first[part].labels) for part in first)
+    monkeypatch.setattr(Image, "open", real)
+    assert read(size=12)[1]["train"].images.shape == (9, 3, 12, 12)
+    (pictures / "val" / "cow" / "1.png").unlink()
+    assert len(read()[1]["val"].labels) == 5
+    (pictures / "train" / "bee" / "0.png").rename(pictures / "train" / "cow" / "9.png")
+    assert read()[1]["train"].labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+
+
+def test_parts_with_other_classes_are_named(read, pictures):
+    (pictures / "val" / "bee").rename(pictures / "val" / "cat")
+    message = message_of(read)
+    assert message.startswith("data: ") and "train and val" in message and str(pictures) in message
+    assert "same class folders" in message and "bee" in message and "cat" in message and "ant" not in message
+    assert read(("train",))[0] == KINDS
+
+
+def test_a_number_of_classes_can_be_asked_for(read):
+    assert read(num_classes=3)[0] == KINDS
+    message = message_of(read, num_classes=4)
+    assert "holds 3 class folders" in message and "must be 4" in message
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_missing_part_an_empty_class_and_an_unreadable_image_are_named(read, pictures, part):
+    path = pictures / part / "bee" / "1.png"
+    good = path.read_bytes()
+    path.write_bytes(good[:100])
+    message = message_of(read)
+    assert message.startswith("data: ") and str(path) in message and "mend or remove it" in message
+    path.unlink()
+    path.symlink_to("nowhere.png")
+    message = message_of(read)
+    assert message.startswith("data: ") and str(path) in message and "mend or remove it" in message
+    path.unlink()
+    (path.parent / "0.png").rename(path.parent / "0.txt")
+    for other in path.parent.glob("*.png"):
+        other.unlink()
+    message = message_of(read)
+    assert message.startswith("data: ") and str(path.parent) in message and "no images" in message
+    (pictures / part).rename(pictures / "elsewhere")
+    message = message_of(read)
+    assert message.startswith("data: ") and str(pictures / part) in message
+
+
+def test_bad_images_leave_nothing_half_read(read, pictures, tmp_path):
+    (pictures / "val" / "cow" / "1.png").write_bytes(b"x")
+    message_of(read)
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == []
+
+
+def test_a_folder_without_classes_is_named(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / "bare" / part).mkdir(parents=True)
+    message = message_of(read_image_folder, tmp_path / "bare", ("train", "val"), 32, tmp_path / "cache")
+    assert message.startswith("data: ") and str(tmp_path / "bare") in message

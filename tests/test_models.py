@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import message_of
 from safetensors.torch import save_file
 from torch import nn
 from torchsummary import summary
@@ -22,6 +23,7 @@ from kdutils.models import (
     Resize,
     SmallCNN,
     architecture,
+    backbone_source,
     cut,
     fold_batch_norms,
     layer_table,
@@ -31,18 +33,9 @@ from kdutils.models import (
     seeded,
     with_state,
 )
-from kdutils.settings import UserError
 
 ARCHES = ("resnet18", "resnet50")
 TRAINED = ("last_layer", "last_block", "all")
-
-
-def message_of(call, *arguments, **named):
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **named)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def randomise_norms(model, seed=0):
@@ -118,6 +111,68 @@ def test_resize_is_bilinear_and_leaves_its_own_size_alone(size):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
+def test_resize_has_three_modes(mode):
+    x = images()
+    found = Resize(64, mode)(x)
+    assert found.shape == (2, 3, 64, 64) and torch.equal(Resize(32, mode)(x), x)
+    twice = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(found, twice) == (mode == "nearest")
+    # each mode keeps a plain colour, and a slope but for its ends (nearest: in steps)
+    slope = torch.arange(32.0).expand(1, 3, 32, 32)
+    torch.testing.assert_close(Resize(64, mode)(torch.full_like(x, 0.7)), torch.full((2, 3, 64, 64), 0.7))
+    expected = (torch.arange(64.0) + 0.5) / 2 - 0.5
+    expected = (expected.round() if mode == "nearest" else expected).expand(1, 3, 64, 64)
+    tolerance = 0.1 if mode == "bicubic" else 1e-4
+    torch.testing.assert_close(Resize(64, mode)(slope)[..., 4:-4], expected[..., 4:-4], rtol=0, atol=tolerance)
+    others = [Resize(64, other)(x) for other in ("bilinear", "bicubic", "nearest") if other != mode]
+    assert all((found - other).abs().max() > 0.1 for other in others)
+
+
+@torch.no_grad()
+def test_a_cut_network_resizes_as_it_is_told():
+    for mode in ("bilinear", "bicubic", "nearest"):
+        prefix, suffix = cut(made("resnet18"), "last_block", 48, 10, 0, resize=mode)
+        large = F.interpolate(images(), (48, 48), mode=mode)
+        torch.testing.assert_close(suffix.eval()(prefix(images())), suffix(prefix(large)))
+
+
+@pytest.mark.parametrize("trainable", TRAINED)
+def test_a_standardised_last_layer_is_given_features_of_mean_0_and_variance_1(trainable):
+    model = copy.deepcopy(made("resnet18"))
+    prefix, suffix = cut(model, trainable, 32, 10, seed=0, standardize=True)
+    assert list(suffix._modules)[-2:] == ["standardize", "fc"] and (len(suffix) == 2) == (trainable == "last_layer")
+    assert list(suffix.standardize.parameters()) == [] and not any("standardize" in name for name in prefix._modules)
+    plain = cut(model, trainable, 32, 10, seed=0)[1]
+    assert sum(p.numel() for p in suffix.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert torch.equal(suffix.fc.weight, plain.fc.weight)
+    given = []
+    for module in (suffix.standardize, suffix.fc):
+        module.register_forward_hook(lambda module, inputs, output: given.append(inputs[0]))
+    suffix.train()(prefix(images(30)))
+    torch.testing.assert_close(given[1].mean(dim=0), torch.zeros(512), rtol=0, atol=1e-3)
+    variance = given[0].var(dim=0, correction=0)  # some are 0 behind a ReLU, and stay 0
+    expected = variance / (variance + suffix.standardize.eps)
+    torch.testing.assert_close(given[1].var(dim=0, correction=0), expected, rtol=0.01, atol=0.01)
+    assert expected.max() > 0.99
+
+
+@pytest.mark.parametrize("trainable", TRAINED)
+@torch.no_grad()
+def test_cut_and_whole_network_agree_with_a_standardised_last_layer(trainable):
+    model, x = made("resnet18"), images()
+    prefix, suffix = cut(model, trainable, 32, 10, seed=3, standardize=True)
+    generator = torch.Generator().manual_seed(5)
+    suffix.standardize.running_mean.normal_(0, 0.5, generator=generator)
+    suffix.standardize.running_var.uniform_(0.2, 2, generator=generator)
+    whole = copy.copy(model)
+    whole._modules = {**model._modules, "fc": nn.Identity()}
+    norm = suffix.standardize
+    features = (whole(x) - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    expected = features @ suffix.fc.weight.T + suffix.fc.bias
+    close(suffix.eval()(prefix(x)), expected, 1e-4)
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("trainable", TRAINED)
 @torch.no_grad()
@@ -182,9 +237,9 @@ def weights(tmp_path):
 
 @torch.no_grad()
 def test_weights_of_a_folder(weights):
-    backbone = load_backbone("resnet18", str(weights))
-    assert (backbone.description, backbone.is_standin) == ("random weights of a test", True)
-    prefix = cut(backbone.model, "last_layer", 32, 10, 0)[0]
+    source = backbone_source("resnet18", str(weights))
+    assert (source.description, source.is_standin) == ("random weights of a test", True)
+    prefix = cut(load_backbone("resnet18", str(weights)), "last_layer", 32, 10, 0)[0]
     torch.testing.assert_close(prefix(images()), cut(made("resnet18"), "last_layer", 32, 10, 0)[0](images()))
 
 
@@ -194,8 +249,9 @@ def test_pth_and_safetensors_are_the_same_network(weights):
     (weights / "resnet18.safetensors").unlink()
     torch.save(made("resnet18").state_dict(), weights / "resnet18.pth")
     other = load_backbone("resnet18", str(weights))
-    assert not other.is_standin and "resnet18.pth" in other.description
-    one, other = one.model.state_dict(), other.model.state_dict()
+    source = backbone_source("resnet18", str(weights))
+    assert not source.is_standin and "resnet18.pth" in source.description
+    one, other = one.state_dict(), other.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one if not name.startswith("fc."))
 
 
@@ -272,7 +328,8 @@ def test_a_file_that_is_no_state_dict_is_named(tmp_path, content):
 
 def test_no_weights_is_the_same_random_network_every_time():
     one, other = (load_backbone("resnet18", "none") for _ in range(2))
-    assert torch.equal(one.model.conv1.weight, other.model.conv1.weight) and "no pre-training" in one.description
+    assert torch.equal(one.conv1.weight, other.conv1.weight)
+    assert "no pre-training" in backbone_source("resnet18", "none").description
 
 
 @pytest.mark.parametrize("error", [

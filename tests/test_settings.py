@@ -5,8 +5,17 @@ import math
 
 import pytest
 import torch
+from conftest import message_of
 
-from kdutils.settings import PROFILES, ROOT, Settings, UserError, load_settings, notebook_settings
+from kdutils.settings import (
+    PROFILES,
+    ROOT,
+    Settings,
+    UserError,
+    load_settings,
+    notebook_settings,
+    pick_precision,
+)
 
 MACHINE = {"profile", "data_dir", "runs_dir", "device", "threads"}
 OTHER = {  # another possible value of every setting, in the tiny profile
@@ -14,21 +23,16 @@ OTHER = {  # another possible value of every setting, in the tiny profile
     "split_seed": 1, "max_shift": 2, "shift_step": 2, "seeds": [0], "epochs": 3, "batch_size": 11,
     "optimizer": "sgd", "schedule": "cosine", "learning_rate": 0.1, "weight_decay": 0.0, "label_smoothing": 0.0,
     "temperature": 1.0, "alpha": 0.5, "kd_label_smoothing": 0.1, "weights": "imagenet", "teacher_size": 64,
+    "teacher_resize": "nearest",
     "teacher_seeds": [1], "teacher_views": 1, "teacher_batch_size": 10, "teacher_optimizer": "adam",
     "teacher_schedule": "constant", "teacher_label_smoothing": 0.1, "resnet50_trainable": "last_block",
     "resnet50_epochs": 2, "resnet50_learning_rate": 0.1, "resnet50_weight_decay": 0.1,
+    "resnet50_last_layer_factor": 0.5, "resnet50_standardize": True, "resnet18_last_layer_factor": 2.0,
+    "resnet18_standardize": True,
     "resnet18_trainable": "last_layer", "resnet18_epochs": 2, "resnet18_learning_rate": 0.1,
     "resnet18_weight_decay": 0.1, "generated_images": 500, "generated_epochs": 9, "data_dir": "elsewhere",
     "runs_dir": "elsewhere", "device": "mps", "precision": "bfloat16", "threads": 1, "feature_memory_gb": 1.0,
 }  # fmt: skip
-
-
-def message_of(call, *arguments, **named):
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **named)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.yaml")))
@@ -59,6 +63,7 @@ def test_a_name_like_no_setting_brings_the_list(tiny):
     assert "'zzzzzz'" in message and "temperature" in message and "epochs" in message
 
 
+ARCHES = ("resnet50", "resnet18")
 WHOLE, ABOVE_0, FRACTION = "a whole number, at least", "a finite number above 0", "a number from 0 to 1"
 LIST = "a list of one or more different whole numbers"
 
@@ -83,6 +88,9 @@ LIST = "a list of one or more different whole numbers"
     ("data_name", " ", "not empty"), ("weights", "", "not empty"), ("data_dir", "", "not empty"),
     ("device", "tpu", "'auto', 'cpu', 'cuda', 'mps'"), ("precision", "float16", "'auto', 'float32', 'bfloat16'"),
     ("threads", 0, f"{WHOLE} 1"), ("feature_memory_gb", 0, ABOVE_0),
+    ("teacher_resize", "lanczos", "'bilinear', 'bicubic', 'nearest'"), ("teacher_resize", 2, "'bilinear'"),
+    *[(f"{arch}_standardize", value, "true or false") for arch in ARCHES for value in (1, "1", "yes", 0.0, [True])],
+    *[(f"{arch}_last_layer_factor", value, ABOVE_0) for arch in ARCHES for value in (0, -1.0, math.inf, "low", True)],
 ])  # fmt: skip
 def test_an_impossible_value_is_named_with_the_rule(tiny, name, value, rule):
     message = message_of(tiny, **{name: value})
@@ -95,6 +103,8 @@ def test_an_impossible_value_is_named_with_the_rule(tiny, name, value, rule):
     ("seeds", "[0, 1]", [0, 1]), ("seeds", (3, 4), [3, 4]), ("epochs", "3", 3), ("threads", "2", 2),
     ("learning_rate", "1e-3", 0.001), ("learning_rate", 1, 1.0), ("temperature", "4", 4.0), ("temperature", 4, 4.0),
     ("alpha", 0, 0.0), ("alpha", "1", 1.0), ("weight_decay", 0, 0.0), ("feature_memory_gb", "2", 2.0),
+    ("resnet18_standardize", "true", True), ("resnet50_standardize", "False", False),
+    ("resnet50_last_layer_factor", "0.1", 0.1), ("resnet18_last_layer_factor", 2, 2.0),
     ("data_name", "2024", "2024"), ("data_name", "[1]", "[1]"), ("data_dir", "2024", "2024"),
     ("runs_dir", "1e3", "1e3"), ("data", "shapes10", "shapes10"), ("data_name", "None", "None"),
 ])  # fmt: skip
@@ -118,8 +128,8 @@ def test_the_same_value_written_otherwise_is_the_same_run(tiny, one, other):
     ("epochs: 3\nepochs: 4\n", ["'epochs' stands twice", "not valid YAML"]),
     ("epochs: [3\n", ["not valid YAML"]),
     ("? [1, 2]\n: 3\n", ["not valid YAML"]),
-    ("", ["'setting: value'"]),
-    ("- epochs\n", ["'setting: value'"]),
+    ("", ["must hold lines of '"]),
+    ("- epochs\n", ["must hold lines of '"]),
     ("temprature: 3\n", ["'temprature'", "did you mean 'temperature'?"]),
     ("1: 2\n", ["no setting '1'"]),
     (b"epochs: \xff\n", ["not valid YAML"]),
@@ -172,6 +182,17 @@ def test_a_folder_without_an_architectures_weights_is_named(tiny, tmp_path, miss
     assert message.startswith("weights: ") and str(folder) in message and f"no {missing}.safetensors" in message
 
 
+@pytest.mark.parametrize("missing", ["resnet18", "resnet50"])
+def test_a_fine_tuned_teachers_logits_may_lie_in_place_of_its_weights(tiny, tmp_path, missing):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for arch in ARCHES:
+        (folder / (f"{arch}-logits.safetensors" if arch == missing else f"{arch}.pth")).touch()
+    assert tiny(weights=str(folder)).weights == str(folder)
+    (folder / f"{missing}-logits.safetensors").unlink()
+    assert f"no {missing}.safetensors" in message_of(tiny, weights=str(folder))
+
+
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_named(tiny, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -179,6 +200,33 @@ def test_a_device_that_is_not_there_is_named(tiny, monkeypatch, device):
     message = message_of(tiny, device=device)
     assert message.startswith("device: ") and f"'{device}'" in message and "'cpu'" in message
     assert tiny(device="auto").device == "cpu"
+
+
+@pytest.mark.parametrize("there, expected", [
+    ((), "cpu"), (("mps",), "mps"), (("cuda",), "cuda"), (("cuda", "mps"), "cuda"),
+])  # fmt: skip
+def test_the_fastest_device_that_is_there_is_taken(tiny, monkeypatch, there, expected):
+    for name in ("cuda", "mps"):
+        module = torch.cuda if name == "cuda" else torch.backends.mps
+        monkeypatch.setattr(module, "is_available", lambda name=name: name in there)
+    assert tiny(device="auto").device == expected and tiny(device="cpu").device == "cpu"
+
+
+@pytest.mark.parametrize("device, has, expected", [
+    ("cpu", {}, "float32"), ("cpu", {"avx512_bf16": False}, "float32"), ("cpu", {"avx512_bf16": True}, "bfloat16"),
+    ("cpu", {"amx_bf16": True}, "bfloat16"), ("cuda", True, "bfloat16"), ("cuda", False, "float32"),
+    ("mps", {}, "float32"),
+])  # fmt: skip
+def test_half_precision_is_taken_where_the_processor_computes_in_it(monkeypatch, device, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has or including_emulation)
+    assert pick_precision("auto", device) == expected
+    assert [pick_precision(asked, device) for asked in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+
+
+def test_a_torch_that_knows_nothing_of_its_processor_computes_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert pick_precision("auto", "cpu") == "float32"
 
 
 def test_bad_input_leaves_no_trace(tiny, tmp_path):

@@ -8,17 +8,19 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import message_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import models as zoo
 
-from kdutils.data import load_data
+from kdutils import teachers
+from kdutils.data import Split, load_data
 from kdutils.losses import combine_teachers, cross_entropy, distillation_loss, kd_loss
 from kdutils.models import MEAN, STD, normalise, seeded
 from kdutils.settings import UserError
 from kdutils.students import Arm, describe, train_students
-from kdutils.teachers import Teacher, TeacherRun, fine_tune
+from kdutils.teachers import Teacher, TeacherRun, fine_tune, save_logits, try_fine_tuning
 from kdutils.training import draw
 from kdutils.views import make_views, view_pixels
 
@@ -443,8 +445,161 @@ def test_fine_tuning_leaves_the_pre_trained_weights_alone(teacher_settings, toy_
     assert torch.equal(both.runs[1].view_logits, alone.runs[0].view_logits)
 
 
-def test_a_teacher_for_generated_data(tiny):
+def test_a_teacher_for_generated_data(tiny, monkeypatch):
     """The path of the demo: images drawn here, ResNets pre-trained here on other shapes."""
     settings = tiny(weights="generated", generated_images=100, generated_epochs=1, max_shift=0)
     teacher = fine_tune("resnet18", load_data(settings), settings)
     assert teacher.is_standin and "generated images" in teacher.description and teacher.trainable == "last_block"
+    monkeypatch.setattr(teachers, "cut", never)
+    same_teacher(fine_tune("resnet18", load_data(settings), settings), teacher)
+
+
+FAST = {"resnet18_trainable": "last_layer", "teacher_size": 32, "teacher_seeds": [0]}
+
+
+def never(*_, **__):
+    raise AssertionError("was not to be called")
+
+
+def same_teacher(one, other):
+    """All but what was measured by the clock."""
+    assert one.facts == other.facts and len(one.runs) == len(other.runs)
+    for a, b in zip(one.runs, other.runs):
+        for name in ("arch", "trainable", "seed", "history", "fingerprint"):
+            assert getattr(a, name) == getattr(b, name)
+        assert torch.equal(a.view_logits, b.view_logits) and a.view_logits.dtype == b.view_logits.dtype
+        assert all(torch.equal(a.logits[part], b.logits[part]) for part in ("train", "val", "test"))
+
+
+def test_a_teacher_is_loaded_again_without_building_a_network(teacher_settings, toy_data, monkeypatch):
+    first = fine_tune("resnet18", toy_data, teacher_settings(**{**FAST, "teacher_seeds": [0, 1]}))
+    for name in ("load_backbone", "cut", "fit"):
+        monkeypatch.setattr(teachers, name, never)
+    monkeypatch.setattr(zoo, "resnet18", never)
+    same_teacher(fine_tune("resnet18", toy_data, teacher_settings(**{**FAST, "teacher_seeds": [0, 1]})), first)
+
+
+@pytest.mark.parametrize("block, files", [(7, 2 * 6 + 2 + 2), (40, 4)])
+def test_features_in_blocks_are_the_features(teacher_settings, toy_data, monkeypatch, block, files):
+    settings = teacher_settings(**FAST)
+    (whole,) = fine_tune("resnet18", toy_data, settings).runs
+    monkeypatch.setattr(teachers, "BLOCK", block)
+    settings = teacher_settings(**FAST, runs_dir=str(settings.run_folder / "elsewhere"))
+    (run,) = fine_tune("resnet18", toy_data, settings).runs
+    assert len(files_of(settings, "resnet18-last_layer-features/*")) == files
+    torch.testing.assert_close(run.view_logits.float(), whole.view_logits.float(), rtol=5e-3, atol=5e-3)
+    for part in ("train", "val", "test"):
+        torch.testing.assert_close(run.logits[part], whole.logits[part], rtol=5e-3, atol=5e-3)
+
+
+def test_another_split_finds_the_features_of_blocks_that_stayed_together(teacher_settings, toy_data, monkeypatch):
+    """The first block of the training images changes places with the validation images, the others are rotated."""
+    monkeypatch.setattr(teachers, "BLOCK", 10)
+    still = {**FAST, "resnet18_learning_rate": 1e-30}  # the suffix stays as the seed made it
+    settings = teacher_settings(**still)
+    (first,) = fine_tune("resnet18", toy_data, settings).runs
+    before = files_of(settings, "resnet18-last_layer-features/*")
+    assert len(before) == 2 * 4 + 1 + 1
+
+    (images, labels), val = toy_data.train, toy_data.val
+    order = torch.cat([torch.arange(20, 40), torch.arange(10, 20)])
+    changed = toy_data._replace(
+        train=Split(torch.cat([val.images, images[order]]), torch.cat([val.labels, labels[order]])),
+        val=Split(images[:10], labels[:10]),
+        checksum="other", part_checksums={"train": "d", "val": "e", "test": "c"},
+    )  # fmt: skip
+    (other,) = fine_tune("resnet18", changed, settings).runs
+    after = files_of(settings, "resnet18-last_layer-features/*")
+    assert before.items() < after.items() and len(after) == len(before) + 1  # the validation images' mirror images
+    assert torch.equal(other.view_logits[10:], first.view_logits[order])
+    assert torch.equal(other.view_logits[:10, 0].float(), first.logits["val"])
+    assert torch.equal(other.logits["val"], first.view_logits[:10, 0].float())
+    assert torch.equal(other.logits["test"], first.logits["test"])
+
+
+def test_another_way_to_resize_computes_the_features_again(teacher_settings, toy_data):
+    changes = {**FAST, "teacher_size": 40}
+    settings = {mode: teacher_settings(**changes, teacher_resize=mode) for mode in ("bilinear", "nearest")}
+    (one,) = fine_tune("resnet18", toy_data, settings["bilinear"]).runs
+    features = files_of(settings["bilinear"], "resnet18-last_layer-features/*")
+    (other,) = fine_tune("resnet18", toy_data, settings["nearest"]).runs
+    assert len(files_of(settings["nearest"], "resnet18-last_layer-features/*")) == 2 * len(features) == 8
+    assert other.fingerprint != one.fingerprint and not torch.equal(other.view_logits, one.view_logits)
+    (again,) = fine_tune("resnet18", toy_data, settings["bilinear"]).runs
+    assert again.fingerprint == one.fingerprint and torch.equal(again.view_logits, one.view_logits)
+
+
+def test_what_only_the_last_layer_is_about_leaves_the_features_as_they_are(teacher_settings, toy_data):
+    settings = teacher_settings(**FAST)
+    runs = fine_tune("resnet18", toy_data, settings).runs
+    features = files_of(settings, "resnet18-last_layer-features/*")
+    for change in ({"resnet18_standardize": True}, {"resnet18_last_layer_factor": 0.1}):
+        runs += fine_tune("resnet18", toy_data, teacher_settings(**FAST, **change)).runs
+    assert len({run.fingerprint for run in runs}) == 3
+    assert not any(torch.equal(one.view_logits, other.view_logits) for one, other in itertools.combinations(runs, 2))
+    assert files_of(settings, "resnet18-last_layer-features/*") == features
+    files = files_of(settings)
+    for change in ({"resnet50_standardize": True}, {"resnet50_last_layer_factor": 0.1}):
+        (again,) = fine_tune("resnet18", toy_data, teacher_settings(**FAST, **change)).runs
+        assert files_of(settings) == files and again.fingerprint == runs[0].fingerprint
+
+
+def test_a_seed_can_be_tried_alone_without_the_test_images(teacher_settings, toy_data, monkeypatch):
+    settings = teacher_settings(**FAST)
+    found = try_fine_tuning("resnet18", toy_data, settings, 3)
+    assert found.tensors == {} and found.facts["trained_views"] == 2
+    assert len(files_of(settings, "resnet18-last_layer-features/*")) == 3  # 2 views of the training images, validation
+    assert len(files_of(settings)) == 4 and not files_of(settings, "*-logits-*")
+    (run,) = fine_tune("resnet18", toy_data, teacher_settings(**{**FAST, "teacher_seeds": [3]})).runs
+    assert run.history == found.facts["history"]
+    monkeypatch.setattr(teachers, "fit", never)
+    assert try_fine_tuning("resnet18", toy_data, settings, 3).facts == found.facts
+
+
+@pytest.fixture
+def kept(teacher_settings, toy_data, tmp_path, monkeypatch):
+    """A teacher, and tiny settings whose `weights` folder holds its logits alone; no network can be built."""
+    folder = tmp_path / "logits"
+    folder.mkdir()
+    (folder / "resnet50.safetensors").touch()
+    teacher = fine_tune("resnet18", toy_data, teacher_settings(**FAST))
+    path = save_logits("resnet18", toy_data, teacher_settings(**{**FAST, "teacher_seeds": [0, 1]}), folder)
+    assert path == folder / "resnet18-logits.safetensors"
+    for name in ("load_backbone", "cut", "fit"):
+        monkeypatch.setattr(teachers, name, never)
+    common = {**FAST, "weights": str(folder), "runs_dir": str(tmp_path / "elsewhere")}
+    return teacher, path, lambda **overrides: teacher_settings(**{**common, **overrides})
+
+
+def test_kept_logits_are_the_teacher(kept, toy_data, tmp_path):
+    teacher, path, settings = kept
+    same_teacher(fine_tune("resnet18", toy_data, settings()), teacher)
+    same_teacher(fine_tune("resnet18", toy_data, settings(temperature=2.0, seeds=[5], resnet50_epochs=9)), teacher)
+    assert teacher.runs[0].seed == 0 and len(teacher.runs) == 1
+    assert not list((tmp_path / "elsewhere").rglob("*.safetensors"))
+
+
+def test_kept_logits_do_for_nothing_they_were_not_made_for(kept, toy_data):
+    _, path, settings = kept
+    for change, name in (
+        ({"max_shift": 1}, "views"), ({"resnet18_epochs": 2}, "recipe"), ({"resnet18_learning_rate": 0.1}, "recipe"),
+        ({"teacher_batch_size": 10}, "recipe"), ({"teacher_seeds": [1]}, "seeds"), ({"teacher_seeds": [0, 1]}, "seeds"),
+        ({"teacher_size": 64}, "size"), ({"teacher_resize": "nearest"}, "resize"),
+        ({"resnet18_trainable": "last_block"}, "trainable"), ({"teacher_label_smoothing": 0.1}, "label_smoothing"),
+        ({"resnet18_standardize": True}, "standardize"), ({"resnet18_last_layer_factor": 0.5}, "last_layer_factor"),
+    ):  # fmt: skip
+        message = message_of(fine_tune, "resnet18", toy_data, settings(**change))
+        assert message.startswith("weights: ") and str(path) in message, message
+        assert f"with {name} = " in message, (change, message)
+    for part in ("train", "val", "test"):
+        other = toy_data._replace(checksum="other", part_checksums={**toy_data.part_checksums, part: "d"})
+        message = message_of(fine_tune, "resnet18", other, settings())
+        assert "with data = 'toy'" in message and "'other'" in message
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-1],
+                                    lambda content: content[:-1] + bytes([content[-1] ^ 1])])  # fmt: skip
+def test_damaged_logits_are_named(kept, toy_data, damage):
+    _, path, settings = kept
+    path.write_bytes(damage(path.read_bytes()))
+    assert str(path) in message_of(fine_tune, "resnet18", toy_data, settings())

@@ -1,6 +1,8 @@
 """kdutils.training: one fit for everything; a cut training goes on exactly where it was."""
 
 import math
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +18,12 @@ def recipe(**changes):
                      "learning_rate": 0.01, "weight_decay": 0.01, **changes})  # fmt: skip
 
 
-def network(seed=0):
+def network(seed=0, last="fc"):
     """A small network with filters and BatchNorm, so that a checkpoint holds buffers and 4-D weights too."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+        layers = (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+        return nn.Sequential(OrderedDict(zip(("conv", "norm", "relu", "flatten", last), layers, strict=True)))
 
 
 LABELS = torch.arange(30) % 3
@@ -175,6 +178,31 @@ def test_weight_decay_spares_biases_and_norms():
         assert (one.norm() < 0.9 * other.norm()) == (one.dim() > 1), name
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("factor", [0.25, 3.0])
+def test_the_last_layer_is_trained_at_its_own_rate(optimizer, factor):
+    """On a constant gradient, the way a weight goes in the whole training is in proportion to its rate."""
+    start, one, other = network(), network(), network()
+    how = recipe(optimizer=optimizer, weight_decay=0.0)
+    train(one, how, loss=lambda logits, index, view: sum(p.sum() for p in one.parameters()))
+    named = {"last_layer_factor": factor}
+    train(other, how, loss=lambda logits, index, view: sum(p.sum() for p in other.parameters()), **named)
+    for (name, first), a, b in zip(start.named_parameters(), one.parameters(), other.parameters(), strict=True):
+        times = factor if name.startswith("fc.") else 1.0
+        torch.testing.assert_close(b - first, times * (a - first), rtol=1e-3, atol=1e-5)
+        assert (a - first).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_no_other_layer_has_a_rate_of_its_own(optimizer):
+    plain, one, other = network(), network(last="fc2"), network(last="head")
+    history = train(plain, recipe(optimizer=optimizer), last_layer_factor=1.0)
+    assert train(one, recipe(optimizer=optimizer), last_layer_factor=0.1) == history and same_state(one, plain)
+    assert train(other, recipe(optimizer=optimizer)) == history and same_state(other, plain)
+    slow = network()
+    assert train(slow, recipe(optimizer=optimizer), last_layer_factor=0.1) != history and not same_state(slow, plain)
+
+
 def cut_training(checkpoint, after_steps, **named):
     """Train until a power cut."""
     steps = []
@@ -194,27 +222,86 @@ def always_save(monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 0.0)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-@pytest.mark.parametrize("after_steps", [3, 7, 11])
-def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, always_save, optimizer, after_steps):
-    whole, resumed = network(), network(seed=5)
-    history = train(whole, recipe(optimizer=optimizer))
-    cut_training(tmp_path / "x.checkpoint", after_steps, recipe=recipe(optimizer=optimizer))
-    assert [path.name for path in tmp_path.iterdir()] == ["x.checkpoint"]
+def resume_training(model, checkpoint, **named):
+    """Train to the end; the history and the number of steps that were left."""
     steps = []
 
     def loss(logits, index, view):
         steps.append(None)
         return F.cross_entropy(logits, LABELS[index])
 
-    assert train(resumed, recipe(optimizer=optimizer), loss=loss, checkpoint=tmp_path / "x.checkpoint") == history
+    return train(model, loss=loss, checkpoint=checkpoint, **named), len(steps)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("after_steps", [1, 2, 3, 4, 7, 11])
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, always_save, optimizer, after_steps):
+    """3 steps an epoch: cut in the first epoch, between epochs, in later ones."""
+    whole, resumed, path = network(), network(seed=5), tmp_path / "x.checkpoint"
+    named = {"recipe": recipe(optimizer=optimizer), "last_layer_factor": 0.3}
+    history = train(whole, **named)
+    cut_training(path, after_steps, **named)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.checkpoint"]
+    assert resume_training(resumed, path, **named) == (history, 12 - after_steps)
     assert same_state(whole, resumed)
-    assert len(steps) == 12 - 3 * (after_steps // 3)  # whole epochs that were done are not done again
 
 
-def test_a_training_cut_in_its_first_epoch_starts_anew(tmp_path, always_save):
-    cut_training(tmp_path / "x.checkpoint", 2)
+def test_a_training_may_be_cut_again_and_again(tmp_path, always_save):
+    whole, resumed, path = network(), network(seed=5), tmp_path / "x.checkpoint"
+    history = train(whole)
+    for after_steps in (2, 3, 1, 4):  # 10 in all
+        cut_training(path, after_steps)
+    assert resume_training(resumed, path) == (history, 2) and same_state(whole, resumed)
+
+
+def test_a_training_cut_in_its_first_step_starts_anew(tmp_path, always_save):
+    cut_training(tmp_path / "x.checkpoint", 0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets, as a list of one number, for `fit` to look at."""
+    now = [0.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+@pytest.mark.parametrize("after_steps, done", [(3, 0), (4, 4), (7, 4), (8, 8), (11, 8)])
+def test_steps_after_the_last_checkpoint_are_done_again(tmp_path, clock, after_steps, done):
+    """Steps of 4 seconds: saved after 16 and 32, in the second and the third epoch."""
+    whole, resumed, steps, path = network(), network(seed=5 if done else 0), [], tmp_path / "x.checkpoint"
+
+    def loss(logits, index, view):
+        clock[0] += 4
+        steps.append(None)
+        if len(steps) > after_steps:
+            raise KeyboardInterrupt
+        return F.cross_entropy(logits, LABELS[index])
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), loss=loss, checkpoint=path)
+    assert resume_training(resumed, path) == (train(whole), 12 - done) and same_state(whole, resumed)
+
+
+@pytest.mark.parametrize("cost, least, most", [(0.1, 15, 20), (1, 60, 65), (2, 120, 125)])
+def test_the_longer_a_checkpoint_takes_to_write_the_rarer_it_is(tmp_path, clock, monkeypatch, cost, least, most):
+    written = []
+
+    def write(path, fill):
+        written.append(clock[0])
+        clock[0] += cost
+
+    monkeypatch.setattr(training, "write_atomically", write)
+
+    def loss(logits, index, view):
+        clock[0] += 4
+        return F.cross_entropy(logits, LABELS[index])
+
+    train(network(), recipe(epochs=40), loss=loss, checkpoint=tmp_path / "x.checkpoint")
+    gaps = [later - earlier - cost for earlier, later in zip(written, written[1:])]
+    assert 15 <= written[0] < 20 and len(gaps) >= 2 and all(least <= gap < most for gap in gaps), gaps
+    assert cost * len(written) < clock[0] / 50
 
 
 def test_checkpoints_are_not_written_all_the_time(tmp_path):
@@ -243,9 +330,10 @@ def test_a_damaged_checkpoint_starts_the_training_anew_with_a_line(tmp_path, alw
     assert "x.checkpoint" in out and "starts anew" in out
 
 
-def test_no_flipped_byte_of_a_checkpoint_changes_the_outcome(tmp_path, always_save):
+def test_no_flipped_byte_of_a_checkpoint_changes_the_outcome(tmp_path, always_save, monkeypatch):
     path = tmp_path / "x.checkpoint"
     cut_training(path, 7)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 15.0)
     good = path.read_bytes()
     whole = network()
     history = train(whole)
@@ -287,11 +375,61 @@ def test_a_loss_that_is_not_finite_stops_the_training(value):
     assert len(steps) == 6  # the epoch it happened in was the last
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("step", [1, 5, 6, 12])
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, always_save, value, step):
+    """Step 6 ends an epoch, step 12 the training. What was saved before is good to go on from."""
+    path, saved, steps = tmp_path / "x.checkpoint", [], []
+
+    def loss(logits, index, view):
+        steps.append(None)
+        saved.append(path.read_bytes() if path.exists() else None)
+        return F.cross_entropy(logits, LABELS[index]) * (value if len(steps) == step else 1)
+
+    with pytest.raises(TrainingError, match=f"epoch {(step + 2) // 3} "):
+        train(network(), loss=loss, checkpoint=path)
+    assert len(steps) == step and (path.read_bytes() if path.exists() else None) == saved[-1]
+    whole, resumed = network(), network(seed=5 if step > 1 else 0)
+    assert resume_training(resumed, path) == (train(whole), 13 - step) and same_state(whole, resumed)
+
+
 def test_progress_is_one_plain_line_an_epoch_where_nobody_watches(capsys):
     train(network(), name="scratch, seed 4")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(line.startswith("scratch, seed 4: epoch ") for line in lines)
     assert "4/4" in lines[-1] and "loss" in lines[-1] and "val" in lines[-1] and "left" in lines[-1]
+
+
+@pytest.mark.parametrize("seconds, steps", [(25, [3, 6, 9, 12]), (70, list(range(1, 15))), (10, [7, 14]), (4, [])])
+def test_progress_is_a_line_a_minute_within_a_long_epoch(capsys, clock, seconds, steps):
+    def loss(logits, index, view):
+        clock[0] += seconds
+        return F.cross_entropy(logits, LABELS[index])
+
+    train(network(), recipe(epochs=2, batch_size=2), loss=loss, name="scratch, seed 4")  # 15 steps an epoch
+    lines = capsys.readouterr().out.splitlines()
+    first, second = lines[: len(steps) + 1], lines[len(steps) + 1 :]
+    for epoch, found in ((1, first), (2, second)):
+        expected = [f"scratch, seed 4: epoch {epoch}/2, step {step} of 15, " for step in steps]
+        assert [line[: len(start)] for line, start in zip(found, expected)] == expected
+        assert len(found) == len(steps) + 1 and f"epoch {epoch}/2, loss" in found[-1]
+        left = [(30 - 15 * (epoch - 1) - step) * seconds for step in (*steps, 15)]
+        assert [line.split(", ")[-1] for line in found] == [f"{number} s left" for number in left]
+
+
+def test_a_resumed_training_tells_the_time_that_is_left(tmp_path, always_save, capsys, clock):
+    """By what was done since: 18 of 30 steps lie behind, and were slower."""
+    cut_training(tmp_path / "x.checkpoint", 18, recipe=recipe(epochs=2, batch_size=2))
+    capsys.readouterr()
+
+    def loss(logits, index, view):
+        clock[0] += 25
+        return F.cross_entropy(logits, LABELS[index])
+
+    train(network(), recipe(epochs=2, batch_size=2), loss=loss, checkpoint=tmp_path / "x.checkpoint")
+    lines = capsys.readouterr().out.splitlines()
+    assert "epoch 2/2, step 6 of 15" in lines[0] and lines[0].endswith(f", {9 * 25} s left")
+    assert len(lines) == 4 and lines[-1].endswith(", 0 s left")
 
 
 def test_progress_goes_to_the_batch_runs_log(tmp_path, capsys, monkeypatch):
@@ -303,9 +441,9 @@ def test_progress_goes_to_the_batch_runs_log(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("batch_size", [1, 7, 30, 1000])
 def test_predictions_do_not_depend_on_the_batches(batch_size):
     model = network().train()
-    model[1].running_mean.add_(0.3)
+    model.norm.running_mean.add_(0.3)
     expected = network()
-    expected[1].running_mean.add_(0.3)
+    expected.norm.running_mean.add_(0.3)
     expected = expected.eval()(INPUTS)
     torch.testing.assert_close(predict(model, INPUTS, batch_size=batch_size), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(predict(model, INPUTS.half()), expected, rtol=0.02, atol=0.02)
