@@ -1,4 +1,4 @@
-"""The command line: python -m kdutils run | report | results | sweep | pretrain."""
+"""The command line: python -m kdutils run | report | results | sweep | bench | pretrain."""
 
 import argparse
 import sys
@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   python -m kdutils run --profile cifar10-standin -p data folder:data/cifar10-jpeg -p weights weights
   python -m kdutils report --profile demo                   typeset what the last run found
   python -m kdutils results --profile demo                  print its table
+  python -m kdutils bench --profile demo --quick            how fast this is, against the plain way of doing it
   python -m kdutils pretrain data/tiny-imagenet-40 --arch resnet18 --epochs 20      make weights/resnet18.safetensors
 """
 SPELT = {"teacher_size": "--size", "split_seed": "--seed"}  # options of `pretrain` that are checked as settings
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         ("report", _report, "export what the notebooks show, and typeset the PDF"),
         ("results", _results, "print a run's results table"),
         ("sweep", _sweep, "try out settings on validation images"),
+        ("bench", _bench, "measure the speed against the plain way and against the bare step; about ten minutes"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
@@ -70,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "sweep":
             command.add_argument("file", metavar="FILE", help="what to try: a .yaml file, as in report/sweeps")
             command.add_argument("--out", metavar="FOLDER", help="where to write (default: beside FILE)")
+        if name == "bench":
+            command.add_argument("--quick", action="store_true", help="only see whether it works: few, small timings")
+            command.add_argument("--page", action="store_true", help="write docs/performance.md, too")
         if name == "run":
             command.add_argument("--report", action="store_true", help="make the report, too")
         if name in ("run", "report"):
@@ -151,6 +156,16 @@ def _sweep(options: argparse.Namespace) -> None:
     frame = run_sweep(read_sweep(path), options.profile, _parameters(options), out)
     print(sweep_table(frame).to_string(index=False))
     print(f"rows: {shown_path(out)}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from kdutils import bench
+
+    # neither data nor weights are read, so a profile's weights may be absent
+    settings = load_settings(options.profile, **_parameters(options) | {"weights": "imagenet"})
+    found = bench.run(settings, quick=options.quick)
+    if options.page:
+        print(f"page: {shown_path(bench.write_page(found, bench.PAGE))}")
 
 
 def _pretrain(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import inspect
 import textwrap
 import types
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -100,21 +101,9 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
 
     def make() -> tuple[dict[str, Tensor], dict]:
         model = seeded(seed, SmallCNN, len(dataset.classes))
-        viewed = make_views(dataset.train.images, **settings.views)
-        labels = dataset.train.labels
-        target = _target(arm, labels, seed)
-
-        def loss(logits: Tensor, index: Tensor, view: Tensor) -> Tensor:
-            if target is None:
-                return arm.loss(logits, labels[index])
-            return arm.loss(logits, target[index, view], labels[index])
-
-        validation = (normalise(dataset.val.images), dataset.val.labels)
         history = fit(
-            model, lambda index, view: normalise(view_pixels(viewed, index, view)), labels, loss, recipe,
-            num_views=len(viewed.table), seed=seed, validation=validation,
-            precision=settings.precision, name=f"{' '.join((arm.name, *teacher_names))}, seed {seed}",
-            checkpoint=checkpoint,
+            model, **fit_arguments(arm, dataset, settings, seed), checkpoint=checkpoint,
+            name=f"{' '.join((arm.name, *teacher_names))}, seed {seed}",
         )  # fmt: skip
         return model.state_dict(), {"history": history}
 
@@ -133,6 +122,24 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
         arm.name, teacher_names, seed, trained.facts["history"], logits, trained.tensors, trained.seconds,
         trained.fingerprint,
     )  # fmt: skip
+
+
+def fit_arguments(arm: Arm, dataset: Dataset, settings: Settings, seed: int) -> dict[str, Any]:
+    """What `fit` is given to train the student of an arm and seed, but for the network and where it is kept."""
+    viewed = make_views(dataset.train.images, **settings.views)
+    labels = dataset.train.labels
+    target = _target(arm, labels, seed)
+
+    def loss(logits: Tensor, index: Tensor, view: Tensor) -> Tensor:
+        if target is None:
+            return arm.loss(logits, labels[index])
+        return arm.loss(logits, target[index, view], labels[index])
+
+    return {
+        "inputs": lambda index, view: normalise(view_pixels(viewed, index, view)), "labels": labels, "loss": loss,
+        "recipe": student_recipe(settings), "num_views": len(viewed.table), "seed": seed,
+        "validation": (normalise(dataset.val.images), dataset.val.labels), "precision": settings.precision,
+    }  # fmt: skip
 
 
 def _network(state: dict[str, Tensor]) -> SmallCNN:

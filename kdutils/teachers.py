@@ -93,7 +93,7 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
     kept = logits_file(settings.weights, arch)
     if kept is not None:
         return _from_logits(kept, arch, dataset, settings)
-    work = _FineTuning(arch, dataset, settings)
+    work = FineTuning(arch, dataset, settings)
     return _teacher(artefact(work.folder, work.logits_name, work.logits_key, work.make), settings)
 
 
@@ -102,7 +102,7 @@ def check_weights(arch: str, dataset: Dataset, settings: Settings) -> None:
     already needs none."""
     if settings.weights == "generated" or logits_file(settings.weights, arch) is not None:
         return
-    work = _FineTuning(arch, dataset, settings)
+    work = FineTuning(arch, dataset, settings)
     made = list(work.folder.glob(f"{work.name}-logits-*.safetensors"))
     if not made or work.logits_path not in made:
         load_backbone(arch, settings.weights)
@@ -113,7 +113,7 @@ def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) 
 
     Keeps the facts `history`, `trained_views` and `weights` (their checksum), and no network.
     """
-    work = _FineTuning(arch, dataset, settings)
+    work = FineTuning(arch, dataset, settings)
     name, key = f"{work.name}-seed{seed}", work.key("trial", seed=seed)
     folder = work.folder / "trials"
     checkpoint = artefact_path(folder, name, key).with_suffix(".checkpoint")
@@ -129,7 +129,7 @@ def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) 
 
 def save_logits(arch: str, dataset: Dataset, settings: Settings, folder: Path) -> Path:
     """Keep the logits of the first teacher seed in `folder`, which then serves as the setting `weights`."""
-    work = _FineTuning(arch, dataset, settings)
+    work = FineTuning(arch, dataset, settings)
     made = artefact(work.folder, work.logits_name, work.logits_key, work.make)
     first = {part: tensor[:1].contiguous() for part, tensor in made.tensors.items()}
     key = work.logits_key | {"seeds": settings.teacher_seeds[:1]}
@@ -155,7 +155,7 @@ def _teacher(found: Artefact, settings: Settings) -> Teacher:
 def _from_logits(path: Path, arch: str, dataset: Dataset, settings: Settings) -> Teacher:
     """A teacher out of its kept logits: right only for the very images, views and fine-tuning it was made with."""
     key, found = read_artefact(path)
-    asked = _FineTuning(arch, dataset, settings).logits_key
+    asked = FineTuning(arch, dataset, settings).logits_key
     for name in sorted(asked.keys() - {"weights", "precision", "trained_views"}):
         if key.get(name) != asked[name]:
             raise UserError(
@@ -165,7 +165,7 @@ def _from_logits(path: Path, arch: str, dataset: Dataset, settings: Settings) ->
     return _teacher(found, settings)
 
 
-class _FineTuning:
+class FineTuning:
     """One backbone's fine-tuning: what it depends on, and its steps. The network is built when first needed."""
 
     def __init__(self, arch: str, dataset: Dataset, settings: Settings):
@@ -176,7 +176,7 @@ class _FineTuning:
         self.num_views = len(view_table(**settings.views))
         self.feature_seconds = 0.0
         self._checksums: dict[tuple[str, int], str] = {}
-        self._cached: Tensor | None = None  # the training features, read only if a suffix must be fitted
+        self.cached: Tensor | None = None  # the training features, read only if a suffix must be fitted
 
     @cached_property
     def source(self) -> Source:
@@ -273,7 +273,7 @@ class _FineTuning:
                 **self.prefix_key, "images": self._block_checksum(part, block),
                 "view": self.viewed[part].table[view].tolist(),
             }  # fmt: skip
-            make = partial(self._block_features, part, block, view)
+            make = partial(self.block_features, part, block, view)
             one = artefact(self.folder / f"{self.name}-features", f"view{view:03d}", key, make)
             self.feature_seconds += one.seconds
             found.append(one.tensors["features"])
@@ -286,15 +286,17 @@ class _FineTuning:
             self._checksums[part, block.start] = tensor_checksum({"images": images})[:16]
         return self._checksums[part, block.start]
 
-    def _block_features(self, part: str, block: slice, view: int) -> tuple[dict[str, Tensor], dict]:
-        frozen, found = self._frozen, []
+    def block_features(self, part: str, block: slice, view: int) -> tuple[dict[str, Tensor], dict]:
+        """The frozen prefix's features float16 of some images of a part, all in one view, as an artefact's content."""
+        frozen, found = self.frozen, []
         for pixels in _pixels(self.viewed[part], block, view).split(250):
             with torch.inference_mode(), autocast(self.settings.device, self.settings.precision):
                 found.append(frozen(normalise(pixels)).half())
         return {"features": torch.cat(found)}, {}
 
     @cached_property
-    def _frozen(self) -> nn.Module:
+    def frozen(self) -> nn.Module:
+        """The frozen prefix as it computes: norms folded, on the device."""
         prefix = copy.deepcopy(self.cut(0)[0])
         return memory_format(fold_batch_norms(prefix).to(self.settings.device))
 
@@ -308,28 +310,34 @@ class _FineTuning:
 
     def fit(self, seed: int, checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
         """Fit a seed's suffix: its tensors and its history."""
-        dataset, settings = self.dataset, self.settings
-        suffix, labels = self.cut(seed)[1], dataset.train.labels
+        suffix = self.cut(seed)[1]
         history = fit(
-            suffix, self._inputs, labels,
-            lambda logits, index, view: cross_entropy(logits, labels[index], settings.teacher_label_smoothing),
-            teacher_recipe(self.arch, settings), num_views=self.trained_views, seed=seed,
-            validation=(self.features("val", 0), dataset.val.labels), precision=settings.precision,
-            name=f"{self.arch}, {self.trainable}, seed {seed}", checkpoint=checkpoint,
-            last_layer_factor=settings.of_teacher(self.arch, "last_layer_factor"),
+            suffix, **self.fit_arguments(seed), checkpoint=checkpoint,
+            name=f"{self.arch}, {self.trainable}, seed {seed}",
         )  # fmt: skip
         return suffix.state_dict(), {"history": history}
+
+    def fit_arguments(self, seed: int) -> dict[str, Any]:
+        """What `training.fit` is given to fit a seed's suffix, but for the suffix and where it is kept."""
+        settings, labels = self.settings, self.dataset.train.labels
+        return {
+            "inputs": self._inputs, "labels": labels, "recipe": teacher_recipe(self.arch, settings),
+            "loss": lambda logits, index, view: cross_entropy(logits, labels[index], settings.teacher_label_smoothing),
+            "num_views": self.trained_views, "seed": seed, "precision": settings.precision,
+            "validation": (self.features("val", 0), self.dataset.val.labels),
+            "last_layer_factor": settings.of_teacher(self.arch, "last_layer_factor"),
+        }  # fmt: skip
 
     def _inputs(self, index: Tensor, view: Tensor) -> Tensor:
         """What the suffix is given for (index, view) pairs, in the layout it is fastest with."""
         if self.trainable == "all":
             return normalise(view_pixels(self.viewed["train"], index, view))
-        if self._cached is None:
+        if self.cached is None:
             one = self.features("train", 0)
-            self._cached = one.new_empty(self.trained_views, *one.shape)
+            self.cached = one.new_empty(self.trained_views, *one.shape)
             for number in progress_lines(range(self.trained_views), f"{self.arch}: features of every view"):
-                self._cached[number] = self.features("train", number)
-        x = self._cached[view, index].float()
+                self.cached[number] = self.features("train", number)
+        x = self.cached[view, index].float()
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
     def make(self) -> tuple[dict[str, Tensor], dict]:
@@ -343,7 +351,7 @@ class _FineTuning:
             suffixes.append(suffix)
         prefix_parameters = sum(p.numel() for p in self.cut(0)[0].parameters())
         trained = sum(p.numel() for p in suffixes[0].parameters())
-        self._cached, self.feature_seconds = None, 0.0
+        self.cached, self.feature_seconds = None, 0.0
         jobs = [("val", 0), ("test", 0)] + [("train", view) for view in range(self.num_views)]
         logits: dict[str, list[Tensor]] = {"val": [], "test": [], "train": []}
         for part, view in progress_lines(jobs, f"{self.arch}: logits of every view"):

@@ -90,7 +90,7 @@ def fit(
     """
     device = labels.device
     memory_format(model.to(device))
-    optimizer = _optimizer(model, recipe, device, last_layer_factor)
+    optimizer = make_optimizer(model, recipe, device, last_layer_factor)
     batch_size = min(recipe.batch_size, len(labels))
     steps = len(labels) // batch_size
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(recipe.schedule, steps * recipe.epochs))
@@ -158,9 +158,10 @@ def predict(model: nn.Module, inputs: Tensor, precision: str = "float32", batch_
     return torch.cat(results)
 
 
-def _optimizer(
-    model: nn.Module, recipe: Recipe, device: torch.device, last_layer_factor: float
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, device: torch.device, last_layer_factor: float = 1.0
 ) -> torch.optim.Optimizer:
+    """The recipe's optimizer for what can be trained of the model; fused where torch has that."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
