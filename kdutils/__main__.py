@@ -92,7 +92,8 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
     command.add_argument("images", metavar="PATH", help="images in PATH/train/<class>/* and PATH/val/<class>/*")
     command.add_argument("--arch", choices=ARCHITECTURES, required=True)
     command.add_argument("--epochs", required=True)
-    command.add_argument("--size", dest="teacher_size", metavar="PIXELS", default=64, help="that the network sees (default: 64)")
+    seen = "that the network sees (default: 64)"
+    command.add_argument("--size", dest="teacher_size", metavar="PIXELS", default=64, help=seen)
     command.add_argument("--batch-size", help="images a step (default: 128, on CUDA 1024)")
     command.add_argument("--learning-rate", help="at its peak (default: by batch size, lower with --init)")
     command.add_argument("--schedule", default="one_cycle", help="one_cycle (the default), cosine or constant")

@@ -244,7 +244,8 @@ def _stat(entry: os.DirEntry) -> os.stat_result:
     try:
         return entry.stat()
     except OSError as error:
-        raise UserError(f"data: {shown_path(entry.path)} cannot be read ({error.strerror}); mend or remove it") from error
+        name = shown_path(entry.path)
+        raise UserError(f"data: {name} cannot be read ({error.strerror}); mend or remove it") from error
 
 
 def _decode(by_class: Mapping[str, Iterable[str]], classes: Sequence[str], part: str, size: int) -> Split:

@@ -148,7 +148,7 @@ def learning_curves(histories):
     """
     figure = Figure(figsize=(WIDTH, 2.6))
     panels = figure.subplots(1, 2)
-    for number, (label, seeds) in enumerate(histories.items()):
+    for number, seeds in enumerate(histories.values()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         for axes, quantity, unit in zip(panels, ("loss", "accuracy"), (1, 100)):
             for part, line in (("train", "--"), ("val", "-")):

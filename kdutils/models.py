@@ -69,7 +69,7 @@ class Source(NamedTuple):
     description: str
     is_standin: bool
     checksum: str
-    pretraining: dict = {}
+    pretraining: dict
 
 
 class Resize(nn.Module):
@@ -92,9 +92,9 @@ def backbone_source(arch: str, weights: str) -> Source:
     Raises `UserError` for absent weights.
     """
     if weights == "none":
-        return Source("no pre-training: trained as a whole from random weights", True, "none")
+        return Source("no pre-training: trained as a whole from random weights", True, "none", {})
     if weights == "imagenet":
-        return Source("ImageNet-1k (torchvision IMAGENET1K_V1)", False, _imagenet_weights(arch)[1])
+        return Source("ImageNet-1k (torchvision IMAGENET1K_V1)", False, _imagenet_weights(arch)[1], {})
     path = weights_file(project_path(weights), arch)
     header = read_header(path)
     description = header.get("description") or f"pre-trained weights of {shown_path(path)}"

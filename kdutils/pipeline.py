@@ -19,7 +19,16 @@ from kdutils.metrics import parameter_count
 from kdutils.models import SmallCNN
 from kdutils.results import read_results
 from kdutils.runs import write_text
-from kdutils.settings import ARCHITECTURES, ROOT, Settings, UserError, apply_threads, load_settings, logits_file, shown_path
+from kdutils.settings import (
+    ARCHITECTURES,
+    ROOT,
+    Settings,
+    UserError,
+    apply_threads,
+    load_settings,
+    logits_file,
+    shown_path,
+)
 from kdutils.teachers import check_weights, save_logits
 
 EXECUTED_WITH = "executed-with.txt"  # beside the executed notebooks: the digest of their settings
@@ -164,10 +173,15 @@ def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
     data, weights = provenance["data"], provenance["weights"]
     about_data = ""
     if data["is_generated"]:
-        about_data = f"Generated data, demonstration: the images are {data['name']}. These numbers say nothing about photographs."
+        about_data = (
+            f"Generated data, demonstration: the images are {data['name']}. "
+            "These numbers say nothing about photographs."
+        )
     elif not data["is_cifar10"]:
         about_data = f"The images are not CIFAR-10 itself but: {data['name']}."
-    standins = [f"{report.WORDS[arch]}: {facts['description']}" for arch, facts in weights.items() if facts["is_standin"]]
+    standins = [
+        f"{report.WORDS[arch]}: {facts['description']}" for arch, facts in weights.items() if facts["is_standin"]
+    ]
     about_weights = f"Stand-in weights in place of ImageNet's. {'; '.join(standins)}." if standins else ""
     words = {"notice/data": about_data, "notice/weights": about_weights}
     words["student/parameters"] = f"{parameter_count(SmallCNN()):,}"
@@ -180,7 +194,8 @@ def readme_note(provenance: Mapping[str, Any]) -> str:
     """The lines under the README's table: what the numbers were measured on, and the command that makes them again."""
     data, words = provenance["data"], report_words(provenance)
     sizes = f"{data['name']}: {data['train']:,} training, {data['val']:,} validation, {data['test']:,} test images"
-    lines = [f"Mean ± standard deviation over seeds, last epoch. {sizes}.", words["notice/data"], words["notice/weights"]]
+    measured = f"Mean ± standard deviation over seeds, last epoch. {sizes}."
+    lines = [measured, words["notice/data"], words["notice/weights"]]
     return " ".join(line for line in lines if line) + f"\n\nMade by `{provenance['command']}`."
 
 

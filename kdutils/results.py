@@ -1,4 +1,4 @@
-"""What trained models scored: tidy rows for `results.csv`, the numbers behind the tables, the notes on data and weights."""
+"""What trained models scored: rows for `results.csv`, the numbers behind the tables, the notes on data and weights."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -144,10 +144,12 @@ def model_costs(
         make = partial(_measure_costs, build, dataset, settings.device, repeats)
         found = artefact(settings.run_folder / "costs", f"costs-{label.replace(' ', '_')}", key, make).facts
         lines.append({"label": label, **found})
-    return pd.DataFrame(lines, columns=["label", "parameters", "megabytes", "multiply_adds", "latency", "latency_batched"])
+    return pd.DataFrame(lines)[["label", "parameters", "megabytes", "multiply_adds", "latency", "latency_batched"]]
 
 
-def _measure_costs(build: Callable, dataset: Dataset, device: str, repeats: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _measure_costs(
+    build: Callable, dataset: Dataset, device: str, repeats: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = build().to(device).eval()
     images = normalise(dataset.test.images[:100])
     parameters = metrics.parameter_count(model)

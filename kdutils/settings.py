@@ -79,7 +79,7 @@ def _optional(rule: Rule) -> Rule:
 
 def _is_data(value: Any) -> bool:
     return isinstance(value, str) and (
-        value in ("cifar10", "shapes10") or (value.startswith("folder:") and value.removeprefix("folder:").strip() != "")
+        value in ("cifar10", "shapes10") or value.startswith("folder:") and value.removeprefix("folder:").strip() != ""
     )
 
 
@@ -232,7 +232,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML as `safe_load` reads it, but a key given twice is an error instead of a silent choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [(key_node.value, key_node.start_mark) for key_node, _ in node.value if isinstance(key_node, yaml.ScalarNode)]
+        keys = [(key.value, key.start_mark) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for at, (key, mark) in enumerate(keys):
             if key in [earlier for earlier, _ in keys[:at]]:
                 raise yaml.constructor.ConstructorError(None, None, f"'{key}' stands twice", mark)

@@ -90,9 +90,11 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
     recipe = student_recipe(settings)
     teacher_names = tuple(teacher.arch for teacher in arm.teachers)
     key = {
-        "what": "student", "network": _code(SmallCNN), "loss": describe(arm.loss), "combine": describe(arm.combine) if arm.combine else None,
+        "what": "student", "network": _code(SmallCNN), "loss": describe(arm.loss),
+        "combine": describe(arm.combine) if arm.combine else None,
         "teachers": [teacher.run_for(seed).fingerprint for teacher in arm.teachers],
-        "data": [dataset.part_checksums[part] for part in ("train", "val")], "views": settings.views, "recipe": dataclasses.asdict(recipe), "seed": seed,
+        "data": [dataset.part_checksums[part] for part in ("train", "val")], "views": settings.views,
+        "recipe": dataclasses.asdict(recipe), "seed": seed,
         "precision": settings.precision,
     }  # fmt: skip
     folder = settings.run_folder / "students"
@@ -172,9 +174,10 @@ def describe(function: Callable, within: tuple[Callable, ...] = ()) -> dict:
         bound = {name: _plain(name, value) for name, value in function.keywords.items()} | bound
         function = function.func
     if not inspect.isfunction(function) or function.__name__ == "<lambda>" or function.__closure__:
-        raise UserError(f"loss: {function!r} must be a plain function (`def`) that uses no variables of another function")
+        raise UserError(f"loss: {function!r} must be a plain function (`def`) that uses no variables of another one")
     parameters = inspect.signature(function).parameters.values()
-    defaults = {p.name: _plain(p.name, p.default) for p in parameters if p.default is not p.empty and p.name not in bound}
+    with_default = [p for p in parameters if p.default is not p.empty and p.name not in bound]
+    defaults = {p.name: _plain(p.name, p.default) for p in with_default}
     around: dict[str, object] = {}
     for name in _globals_used(function.__code__) & function.__globals__.keys():
         value = function.__globals__[name]
@@ -190,7 +193,8 @@ def describe_builder(build: Callable) -> dict:
     """The identity of what builds a network, for fingerprints: its code, and the plain arguments bound to it."""
     arguments: list[object] = []
     while isinstance(build, functools.partial):
-        arguments += [repr(value) for value in build.args] + [f"{name}={value!r}" for name, value in build.keywords.items()]
+        arguments += [repr(value) for value in build.args]
+        arguments += [f"{name}={value!r}" for name, value in build.keywords.items()]
         build = build.func
     return {"name": build.__qualname__, "code": _code(build), "arguments": arguments}
 
@@ -212,7 +216,9 @@ def _code(defined: Callable) -> str:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(defined)))
     except (OSError, TypeError, SyntaxError) as error:
-        raise UserError(f"loss: the source of {defined!r} cannot be read; define it with `def` in a file or cell") from error
+        raise UserError(
+            f"loss: the source of {defined!r} cannot be read; define it with `def` in a file or cell"
+        ) from error
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]

@@ -24,7 +24,8 @@ from kdutils.settings import (
 from kdutils.teachers import try_fine_tuning
 
 COLUMNS = (
-    "what", "weights", "trial", "fold", "seed", "views", "epochs", "val_accuracy", "val_nll", "train_accuracy", "seconds",
+    "what", "weights", "trial", "fold", "seed", "views", "epochs", "val_accuracy", "val_nll", "train_accuracy",
+    "seconds",
 )  # fmt: skip
 
 
@@ -126,9 +127,9 @@ def selection_tables(profile: str) -> list[tuple[str, str, pd.DataFrame]]:
         if rows.is_file():
             sweep = read_sweep(path)
             caption = (
-                f"{sweep.title}: accuracy on validation images, mean ± standard deviation over {len(sweep.folds)} folds "
-                f"of the labelled images and {len(sweep.seeds)} seed(s); paired difference to the baseline in points, "
-                f"with its 95 % confidence interval. Baseline: {sweep.baseline}."
+                f"{sweep.title}: accuracy on validation images, mean ± standard deviation over {len(sweep.folds)} "
+                f"folds of the labelled images and {len(sweep.seeds)} seed(s); paired difference to the baseline in "
+                f"points, with its 95 % confidence interval. Baseline: {sweep.baseline}."
             )
             found.append((sweep.name, caption, sweep_table(pd.read_csv(rows))))
     return found

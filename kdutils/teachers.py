@@ -182,7 +182,7 @@ class FineTuning:
     def source(self) -> Source:
         kept = logits_file(self.settings.weights, self.arch)
         if kept is not None:
-            return Source("fine-tuned elsewhere", True, "logits")
+            return Source("fine-tuned elsewhere", True, "logits", {})
         if self.settings.weights == "generated":
             return _generated(self.arch, self.settings)[0]
         return backbone_source(self.arch, self.settings.weights)
@@ -248,8 +248,8 @@ class FineTuning:
         affordable = max(1, min(asked, int(settings.feature_memory_gb / per_view)))
         if affordable < asked:
             print(
-                f"{self.name}: fitted on {affordable} of {asked} views, because one view's features take {per_view:.2f} "
-                f"GB and feature_memory_gb is {settings.feature_memory_gb}"
+                f"{self.name}: fitted on {affordable} of {asked} views, because one view's features take "
+                f"{per_view:.2f} GB and feature_memory_gb is {settings.feature_memory_gb}"
             )
         return affordable
 
@@ -393,7 +393,7 @@ def _generated(arch: str, settings: Settings) -> tuple[Source, dict[str, Tensor]
         f"pre-trained here for {recipe.epochs} epochs on {count:,} generated images of "
         f"{len(shapes.OTHER_SHAPES)} other shapes ({accuracy:.0%} right on new ones)"
     )
-    return Source(description, True, made.fingerprint), made.tensors
+    return Source(description, True, made.fingerprint, {}), made.tensors
 
 
 def _pretrain_generated(how: Pretraining, count: int) -> tuple[dict[str, Tensor], dict]:

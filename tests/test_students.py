@@ -319,9 +319,9 @@ def test_two_teachers_of_one_opinion_are_one_teacher(tiny, toy_data, rule):
 
 def test_combine_goes_with_two_teachers_and_only_then(toy_data):
     one, other = fake_teacher(toy_data), fake_teacher(toy_data, "resnet18")
-    for teachers, combine in (((one, other), None), ((one,), kd_loss), ((), kd_loss)):
+    for several, combine in (((one, other), None), ((one,), kd_loss), ((), kd_loss)):
         with pytest.raises(UserError, match="arm kd: give `combine` with two or more teachers"):
-            Arm("kd", distillation_loss, teachers, combine)
+            Arm("kd", distillation_loss, several, combine)
 
 
 @pytest.mark.parametrize("loss, teachers", [(distillation_loss, 0), (cross_entropy, 1), (partial(kd_loss, temperature=4.0), 1),
