@@ -164,6 +164,8 @@ def _bench(options: argparse.Namespace) -> None:
 
     # neither data nor weights are read, so a profile's weights may be absent
     settings = load_settings(options.profile, **_parameters(options) | {"weights": "imagenet"})
+    if options.page:
+        bench.read_notes(bench.PAGE)  # its marks may be lost: better told before than after
     found = bench.run(settings, quick=options.quick)
     if options.page:
         print(f"page: {shown_path(bench.write_page(found, bench.PAGE))}")

@@ -567,7 +567,8 @@ def run(settings: Settings, quick: bool = False) -> dict[str, Any]:
         found = _measure(bench)
     found = {
         "profile": Path(settings.profile).stem, "quick": quick, "machine": machine(settings),
-        "conditions": _conditions(bench.settings, plan), **found, "end_to_end": end_to_end(settings.run_folder),
+        "conditions": _conditions(bench.settings, plan), **found,
+        "end_to_end": end_to_end(settings.run_folder, settings),
     }  # fmt: skip
     if found["end_to_end"]:
         found["ratios"]["end_to_end_minutes"] = found["end_to_end"]["seconds"] / 60
@@ -756,7 +757,7 @@ def _conditions(settings: Settings, plan: Plan) -> list[str]:
     ]  # fmt: skip
 
 
-def end_to_end(folder: Path) -> dict[str, Any] | None:
+def end_to_end(folder: Path, settings: Settings) -> dict[str, Any] | None:
     """Seconds of the four notebooks in the last run of that folder, from its timings.csv; None if there is none.
 
     A teacher's first fine-tuning computed features that `features of every view` counts, too: it counts here for what
@@ -765,6 +766,9 @@ def end_to_end(folder: Path) -> dict[str, Any] | None:
     path = folder / "timings.csv"
     if not path.is_file():
         return None
+    about = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    if (about["device"], about["precision"]) != (settings.device, settings.precision):
+        return None  # a run elsewhere says nothing here
     with path.open(encoding="utf-8", newline="") as file:
         seconds = {line["stage"]: float(line["seconds"]) for line in csv.DictReader(file)}
     total = sum(seconds.values())

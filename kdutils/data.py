@@ -250,10 +250,10 @@ def _stat(entry: os.DirEntry) -> os.stat_result:
 
 def _decode(by_class: Mapping[str, Iterable[str]], classes: Sequence[str], part: str, size: int) -> Split:
     paths = [(path, label) for label, name in enumerate(classes) for path in by_class[name]]
-    images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+    images = np.empty((len(paths), 3, size, size), dtype=np.uint8)
     for i, (path, _) in enumerate(tqdm(paths, desc=f"reading {part} images", leave=False, disable=None)):
-        images[i] = read_image(Path(path), size)
-    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in paths]))
+        images[i] = read_image(Path(path), size).transpose(2, 0, 1)
+    return Split(torch.from_numpy(images), torch.tensor([label for _, label in paths]))
 
 
 def read_image(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:

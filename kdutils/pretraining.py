@@ -16,7 +16,7 @@ from kdutils.compat import ensure_torchvision
 from kdutils.data import Split, read_image_folder
 from kdutils.losses import cross_entropy
 from kdutils.models import cut, normalise, pretraining_facts, read_header, read_state, seeded, with_state
-from kdutils.runs import artefact, artefact_path, check_writable, fingerprint, tensor_checksum, write_tensors
+from kdutils.runs import artefact_path, check_writable, fingerprint, resumable, tensor_checksum, write_tensors
 from kdutils.settings import ROOT, UserError, shown_path
 from kdutils.training import History, Recipe, fit
 from kdutils.views import NUM_CROPS, crop_pixels
@@ -80,8 +80,10 @@ def _network(how: Pretraining, num_classes: int, init: Mapping[str, Tensor] | No
 
 
 def _whole(images: Tensor) -> Tensor:
-    pixels = F.interpolate(images.float(), (CROP_SIZE, CROP_SIZE), mode="bilinear", antialias=True, align_corners=False)
-    return normalise(pixels)
+    reduce = partial(
+        F.interpolate, size=(CROP_SIZE, CROP_SIZE), mode="bilinear", antialias=True, align_corners=False
+    )
+    return torch.cat([normalise(reduce(part.float())) for part in images.split(1000)])
 
 
 def pretrain_on_folder(
@@ -93,7 +95,7 @@ def pretrain_on_folder(
     goes on from where it was cut. Raises `UserError` for unfit images, weights, or a file that is in the way.
     """
     path = out / f"{how.arch}.safetensors"
-    before, about_init = _read_init(init)
+    before, about_init, classes_of_init = _read_init(init)
     folder = runs / "pretrained"
     classes, parts = read_image_folder(images, ("train", "val"), IMAGE_SIZE, folder)
     if how.recipe.batch_size > len(parts["train"].labels):
@@ -109,20 +111,22 @@ def pretrain_on_folder(
     key = {
         "what": "pre-training", "arch": how.arch, "data": data["checksum"], "size": how.size, "seed": how.seed,
         "recipe": dataclasses.asdict(how.recipe), "precision": how.precision, "init": about_init,
+        "crop": CROP_SIZE, "label_smoothing": LABEL_SMOOTHING,
     }  # fmt: skip
     _refuse_to_replace(path, artefact_path(folder, how.arch, key))
     check_writable(out, "--out")
-    checkpoint = artefact_path(folder, how.arch, key).with_suffix(".checkpoint")
+    if before is not None and classes_of_init != data["checksum"]:
+        # its outputs may stand for other classes, or the same in another order
+        before = {name: tensor for name, tensor in before.items() if not name.startswith("fc.")}
 
-    def make() -> tuple[dict[str, Tensor], dict]:
+    def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
         on_device = {part: split.to(how.device) for part, split in parts.items()}
         state, history = pretrain(
             how, on_device["train"], on_device["val"], len(classes), init=before, checkpoint=checkpoint
         )
         return state, {"history": history}
 
-    made = artefact(folder, how.arch, key, make)
-    checkpoint.unlink(missing_ok=True)
+    made = resumable(folder, how.arch, key, make)
     facts = {
         "data": data, "size": how.size, "crop": CROP_SIZE, "recipe": key["recipe"], "label_smoothing": LABEL_SMOOTHING,
         "seed": how.seed, "precision": how.precision, "init": about_init, "epochs": how.recipe.epochs,
@@ -146,14 +150,16 @@ def _half(tensor: Tensor) -> Tensor:
     return half if half.isfinite().all() else tensor
 
 
-def _read_init(path: Path | None) -> tuple[dict[str, Tensor] | None, dict[str, str] | None]:
+def _read_init(path: Path | None) -> tuple[dict[str, Tensor] | None, dict[str, str] | None, str | None]:
+    """State dict, what is told of it, and the checksum of the data it was trained on, where known."""
     if path is None:
-        return None, None
+        return None, None, None
     if not path.is_file():
         raise UserError(f"--init: there is no file {shown_path(path)}; give a ResNet's .safetensors or .pth")
     state, header = read_state(path)
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return state, {"checksum": checksum, "description": header.get("description") or path.name}
+    facts = {"checksum": checksum, "description": header.get("description") or path.name}
+    return state, facts, pretraining_facts(header).get("data", {}).get("checksum")
 
 
 def _refuse_to_replace(path: Path, artefact_file: Path) -> None:

@@ -424,7 +424,7 @@ def update_readme(path: Path, frame: pd.DataFrame, notes: str = "") -> None:
 def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
     """Typeset `report_dir`'s report.tex with what `generated` holds; the same input gives the same bytes.
 
-    What LaTeX needs from run to run stays in `build` beside the PDF: with nothing changed, latexmk has nothing to do.
+    What LaTeX needs from run to run stays in a folder beside the PDF: with nothing changed, latexmk has nothing to do.
     Returns LaTeX's lines about boxes that stick out by more than 2 pt. Raises `UserError` when latexmk is
     missing, when LaTeX stops (with its first error and where the log is), and for undefined references.
     """
@@ -433,7 +433,7 @@ def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
     for needed in ("macros.tex", "notebooks.tex"):
         if not (generated / needed).is_file():
             raise UserError(f"report: there is no {shown_path(generated / needed)}; run the notebooks first")
-    build = pdf.parent / "build"
+    build = pdf.with_suffix(".latex")  # ours alone: after an error it is removed
     build.mkdir(parents=True, exist_ok=True)
     for name in ("report.tex", "references.bib"):
         shutil.copy(report_dir / name, build)

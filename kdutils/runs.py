@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kdutils.settings import ROOT, Settings, UserError, checked, default_of, read_profile, shown_path
@@ -83,6 +83,19 @@ def artefact(
     return made
 
 
+def resumable(
+    folder: Path,
+    name: str,
+    key: Mapping[str, Any],
+    make: Callable[[Path], tuple[dict[str, Tensor], dict[str, Any]]],
+) -> Artefact:
+    """An artefact whose making may be cut: `make` is given a checkpoint's path to go on from; it is removed after."""
+    checkpoint = artefact_path(folder, name, key).with_suffix(".checkpoint")
+    made = artefact(folder, name, key, functools.partial(make, checkpoint))
+    checkpoint.unlink(missing_ok=True)
+    return made
+
+
 def write_artefact(path: Path, key: Mapping[str, Any], made: Artefact) -> Path:
     """Write an artefact to a file of any name; returns its path."""
     about = json.dumps({"key": dict(key), "facts": made.facts, "seconds": made.seconds}, sort_keys=True)
@@ -92,16 +105,16 @@ def write_artefact(path: Path, key: Mapping[str, Any], made: Artefact) -> Path:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
     """Write a .safetensors file atomically: the same content gives the same bytes. Returns its path."""
-    content = save(dict(tensors), metadata=dict(header))
-    # as it comes, the file's own header is in another order every time
-    end = 8 + int.from_bytes(content[:8], "little")
-    ordered = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    ordered += b" " * (-len(ordered) % 8)  # tensors stay aligned
-    parts = (len(ordered).to_bytes(8, "little"), ordered, memoryview(content)[end:])
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            file.writelines(parts)
+        save_file(dict(tensors), temporary, metadata=dict(header))
+        with temporary.open("r+b") as file:  # as it comes, the file's header is in another order every time
+            size = int.from_bytes(file.read(8), "little")
+            content = json.loads(file.read(size))
+            ordered = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(ordered) <= size:  # it has to fit where it was
+                file.seek(8)
+                file.write(ordered.ljust(size))
 
     write_atomically(path, write)
     return path

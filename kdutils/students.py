@@ -8,13 +8,14 @@ import inspect
 import textwrap
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from kdutils.data import Dataset
 from kdutils.models import SmallCNN, normalise, seeded
-from kdutils.runs import artefact, artefact_path
+from kdutils.runs import artefact, resumable
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher
 from kdutils.training import History, Recipe, fit, memory_format, predict
@@ -99,9 +100,8 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
     }  # fmt: skip
     folder = settings.run_folder / "students"
     name = "-".join([arm.name, *teacher_names, f"seed{seed}"])
-    checkpoint = artefact_path(folder, name, key).with_suffix(".checkpoint")
 
-    def make() -> tuple[dict[str, Tensor], dict]:
+    def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
         model = seeded(seed, SmallCNN, len(dataset.classes))
         history = fit(
             model, **fit_arguments(arm, dataset, settings, seed), checkpoint=checkpoint,
@@ -109,8 +109,7 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
         )  # fmt: skip
         return model.state_dict(), {"history": history}
 
-    trained = artefact(folder, name, key, make)
-    checkpoint.unlink(missing_ok=True)
+    trained = resumable(folder, name, key, make)
 
     def make_logits() -> tuple[dict[str, Tensor], dict]:
         model = _network(trained.tensors).to(settings.device)

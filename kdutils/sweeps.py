@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 from kdutils.data import load_data, rotate_validation
 from kdutils.metrics import mean_sd, paired_difference
-from kdutils.runs import write_text
+from kdutils.runs import check_writable, write_text
 from kdutils.settings import (
     ARCHITECTURES,
     ROOT,
@@ -54,19 +54,27 @@ def read_sweep(path: Path) -> Sweep:
         if not isinstance(content.get(name), kind) or not content[name]:
             raise UserError(f"sweep: {shown_path(path)} needs '{name}', a {'text' if kind is str else 'list'}")
     if odd := content.keys() - wanted.keys() - {"fixed"}:
-        raise UserError(f"sweep: {shown_path(path)} has '{min(odd)}'; known are {', '.join(wanted)} and fixed")
+        raise UserError(f"sweep: {shown_path(path)} has '{min(odd, key=str)}'; known are {', '.join(wanted)} and fixed")
     if content["what"] not in ARCHITECTURES:
         raise UserError(
             f"sweep: {shown_path(path)}: what is {content['what']!r}; it must be {' or '.join(ARCHITECTURES)}"
         )
     for name in ("folds", "seeds"):
-        if not all(isinstance(value, int) and value >= 0 for value in content[name]):
-            raise UserError(f"sweep: {shown_path(path)}: {name} must be whole numbers, 0 or above")
+        if not all(type(v) is int and v >= 0 for v in content[name]) or len(set(content[name])) < len(content[name]):
+            raise UserError(f"sweep: {shown_path(path)}: {name} must be different whole numbers, 0 or above")
     fixed = content.get("fixed") or {}
+    if not all(isinstance(part, dict) for part in (fixed, *content["grids"])) or content["grids"][0] != {}:
+        raise UserError(
+            f"sweep: {shown_path(path)}: fixed and grids hold 'setting: values'; the first grid is {{}}, the baseline"
+        )
     trials = {}
     for grid in content["grids"]:
         check_names([*fixed, *grid], where=f"sweep {path.stem}")
         values = [value if isinstance(value, list) else [value] for value in grid.values()]
+        if not all(values) or "profile" in {*fixed, *grid}:
+            raise UserError(
+                f"sweep: {shown_path(path)}: give every setting a value, and the profile with --profile"
+            )
         for combination in itertools.product(*values):
             changes = dict(zip(grid, combination, strict=True))
             trials[", ".join(f"{name} = {value}" for name, value in changes.items()) or "baseline"] = fixed | changes
@@ -75,7 +83,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def run_sweep(sweep: Sweep, profile: str, parameters: Mapping[str, Any], out: Path) -> pd.DataFrame:
-    """Try every trial on every fold and seed; `out` is written anew after each, and nothing is tried twice.
+    """Try every trial on every fold and seed, and write the rows to `out` at the end; nothing is tried twice.
 
     Raises `UserError` for unfit settings before anything is trained.
     """
@@ -85,10 +93,12 @@ def run_sweep(sweep: Sweep, profile: str, parameters: Mapping[str, Any], out: Pa
     first = next(iter(settings.values()))
     apply_threads(first)
     dataset = load_data(first)
+    folds = {fold: rotate_validation(dataset, fold) for fold in sweep.folds}
+    check_writable(out.parent, "--out")
     rows = []
     for trial, used in settings.items():
         for fold, seed in itertools.product(sweep.folds, sweep.seeds):
-            found = try_fine_tuning(sweep.what, rotate_validation(dataset, fold), used, seed)
+            found = try_fine_tuning(sweep.what, folds[fold], used, seed)
             history = found.facts["history"]
             rows.append({
                 "what": sweep.what, "weights": found.facts["weights"], "trial": trial, "fold": fold, "seed": seed,
@@ -96,8 +106,13 @@ def run_sweep(sweep: Sweep, profile: str, parameters: Mapping[str, Any], out: Pa
                 "val_accuracy": f"{history['val_accuracy'][-1]:.6f}", "val_nll": f"{history['val_loss'][-1]:.6f}",
                 "train_accuracy": f"{history['train_accuracy'][-1]:.6f}", "seconds": f"{found.seconds:.1f}",
             })  # fmt: skip
-            write_text(out, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
-    return pd.read_csv(out)
+    write_text(out, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
+    return read_rows(out)
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """The rows that a sweep wrote."""
+    return pd.read_csv(path, dtype={"weights": str})
 
 
 def sweep_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -119,17 +134,21 @@ def sweep_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def selection_tables(profile: str) -> list[tuple[str, str, pd.DataFrame]]:
-    """What `report/sweeps/<profile>` holds: name, caption and table of every sweep that has rows."""
+def selection_tables(profile: str, weights: Collection[str]) -> list[tuple[str, str, pd.DataFrame]]:
+    """Name, caption and table of every sweep in `report/sweeps/<profile>` that was made with these weights, which are
+    named by their checksums."""
     found = []
     for path in sorted((ROOT / "report" / "sweeps" / Path(profile).stem).glob("*.yaml")):
-        rows = path.with_suffix(".csv")
-        if rows.is_file():
+        if not path.with_suffix(".csv").is_file():
+            continue
+        rows = read_rows(path.with_suffix(".csv"))
+        if set(rows.weights) <= set(weights):
             sweep = read_sweep(path)
             caption = (
                 f"{sweep.title}: accuracy on validation images, mean ± standard deviation over {len(sweep.folds)} "
                 f"folds of the labelled images and {len(sweep.seeds)} seed(s); paired difference to the baseline in "
-                f"points, with its 95 % confidence interval. Baseline: {sweep.baseline}."
+                f"points, with its 95 % confidence interval (a guide: the folds share training images). "
+                f"Baseline: {sweep.baseline}."
             )
-            found.append((sweep.name, caption, sweep_table(pd.read_csv(rows))))
+            found.append((sweep.name, caption, sweep_table(rows)))
     return found

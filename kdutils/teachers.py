@@ -14,11 +14,24 @@ from kdutils.data import Dataset, Split
 from kdutils.losses import cross_entropy
 from kdutils.models import Source, backbone_source, cut, fold_batch_norms, load_backbone, normalise, with_state
 from kdutils.pretraining import Pretraining, pretrain
-from kdutils.runs import Artefact, artefact, artefact_path, fingerprint, read_artefact, tensor_checksum, write_artefact
+from kdutils.runs import (
+    Artefact,
+    artefact,
+    artefact_path,
+    fingerprint,
+    read_artefact,
+    resumable,
+    tensor_checksum,
+    write_artefact,
+)
 from kdutils.settings import Settings, UserError, logits_file, shown_path
 from kdutils.training import History, Recipe, autocast, fit, memory_format, predict, progress_lines
 from kdutils.views import ViewedImages, make_views, view_pixels, view_table
 
+SETTING_OF = {  # how messages call the entries of a teacher's key
+    "seeds": "teacher_seeds", "size": "teacher_size", "resize": "teacher_resize", "data": "data (checksum)",
+    "label_smoothing": "teacher_label_smoothing",
+}  # fmt: skip
 BLOCK = 1000  # features are computed and kept for so many images at a time
 
 
@@ -94,12 +107,12 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
     if kept is not None:
         return _from_logits(kept, arch, dataset, settings)
     work = FineTuning(arch, dataset, settings)
-    return _teacher(artefact(work.folder, work.logits_name, work.logits_key, work.make), settings)
+    return _teacher(work.logits(), settings)
 
 
 def check_weights(arch: str, dataset: Dataset, settings: Settings) -> None:
     """Raise `UserError` for weights that are absent or unfit, before anything is trained; a teacher that is made
-    already needs none."""
+    already needs none to be loaded."""
     if settings.weights == "generated" or logits_file(settings.weights, arch) is not None:
         return
     work = FineTuning(arch, dataset, settings)
@@ -114,23 +127,18 @@ def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) 
     Keeps the facts `history`, `trained_views` and `weights` (their checksum), and no network.
     """
     work = FineTuning(arch, dataset, settings)
-    name, key = f"{work.name}-seed{seed}", work.key("trial", seed=seed)
-    folder = work.folder / "trials"
-    checkpoint = artefact_path(folder, name, key).with_suffix(".checkpoint")
 
-    def make() -> tuple[dict[str, Tensor], dict]:
+    def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
         history = work.fit(seed, checkpoint)[1]
         return {}, {**history, "trained_views": work.trained_views, "weights": work.source.checksum}
 
-    found = artefact(folder, name, key, make)
-    checkpoint.unlink(missing_ok=True)
-    return found
+    return resumable(work.folder / "trials", f"{work.name}-seed{seed}", work.key("trial", seed=seed), make)
 
 
 def save_logits(arch: str, dataset: Dataset, settings: Settings, folder: Path) -> Path:
     """Keep the logits of the first teacher seed in `folder`, which then serves as the setting `weights`."""
     work = FineTuning(arch, dataset, settings)
-    made = artefact(work.folder, work.logits_name, work.logits_key, work.make)
+    made = work.logits()
     first = {part: tensor[:1].contiguous() for part, tensor in made.tensors.items()}
     key = work.logits_key | {"seeds": settings.teacher_seeds[:1]}
     kept = Artefact(first, made.facts | {"runs": made.facts["runs"][:1]}, fingerprint(key), made.seconds)
@@ -158,8 +166,9 @@ def _from_logits(path: Path, arch: str, dataset: Dataset, settings: Settings) ->
     asked = FineTuning(arch, dataset, settings).logits_key
     for name in sorted(asked.keys() - {"weights", "precision", "trained_views"}):
         if key.get(name) != asked[name]:
+            called = SETTING_OF.get(name, name)
             raise UserError(
-                f"weights: the logits in {shown_path(path)} were made with {name} = {key.get(name)!r:.150}, not "
+                f"weights: the logits in {shown_path(path)} were made with {called} = {key.get(name)!r:.150}, not "
                 f"{asked[name]!r:.150}; use those settings and data, or give the ResNet's weights"
             )
     return _teacher(found, settings)
@@ -227,12 +236,12 @@ class FineTuning:
         return self.key("logits", seeds=self.settings.teacher_seeds, data=self.dataset.checksum)
 
     @property
-    def logits_name(self) -> str:
-        return f"{self.name}-logits"
-
-    @property
     def logits_path(self) -> Path:
-        return artefact_path(self.folder, self.logits_name, self.logits_key)
+        return artefact_path(self.folder, f"{self.name}-logits", self.logits_key)
+
+    def logits(self) -> Artefact:
+        """The artefact that a `Teacher` is made of."""
+        return artefact(self.folder, f"{self.name}-logits", self.logits_key, self.make)
 
     @cached_property
     def trained_views(self) -> int:
@@ -302,11 +311,7 @@ class FineTuning:
 
     def suffix(self, seed: int) -> Artefact:
         """The fitted suffix of a seed."""
-        name, key = f"{self.name}-seed{seed}", self.key("suffix", seed=seed)
-        checkpoint = artefact_path(self.folder, name, key).with_suffix(".checkpoint")
-        found = artefact(self.folder, name, key, partial(self.fit, seed, checkpoint))
-        checkpoint.unlink(missing_ok=True)
-        return found
+        return resumable(self.folder, f"{self.name}-seed{seed}", self.key("suffix", seed=seed), partial(self.fit, seed))
 
     def fit(self, seed: int, checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
         """Fit a seed's suffix: its tensors and its history."""

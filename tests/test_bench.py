@@ -119,7 +119,7 @@ def test_both_compute_the_same(found):
     names = [check["name"] for check in found["checks"]]
     assert len(names) == 4 and {"student, cross-entropy", "student, distillation"} < set(names)
     for check in found["checks"]:
-        assert check["ours"] == pytest.approx(check["reference"], rel=check["tolerance"])
+        assert check["ours"] == pytest.approx(check["reference"], rel=1e-4 if check["name"] == "student, cross-entropy" else 5e-3)
     accuracy = found["accuracy"]
     assert len(accuracy["ours"]) == len(accuracy["reference"]) > 0
     assert all(0 <= value <= 1 for value in accuracy["ours"] + accuracy["reference"])
@@ -157,13 +157,15 @@ def test_a_growth_is_the_slope_of_a_line():
     assert found["seconds"]["5"] == pytest.approx([13.0] * 3)
 
 
-def test_the_whole_is_read_from_the_last_run(tmp_path):
-    assert bench.end_to_end(tmp_path) is None
+def test_the_whole_is_read_from_the_last_run_on_the_same_device(tmp_path, tiny):
+    assert bench.end_to_end(tmp_path, tiny()) is None
+    (tmp_path / "provenance.json").write_text('{"device": "cpu", "precision": "float32"}')
     (tmp_path / "timings.csv").write_text(
         'stage,seconds\n"student, scratch, seed 0",5.0\nresnet50: features of every view,100.0\n'
         '"resnet50: fine-tuning, seed 0",90.0\n"resnet50: fine-tuning, seed 1",2.0\n'
     )
-    whole = bench.end_to_end(tmp_path)
+    assert bench.end_to_end(tmp_path, tiny(precision="bfloat16")) is None
+    whole = bench.end_to_end(tmp_path, tiny())
     assert whole["seconds"] == pytest.approx(5 + 100 + 2) and "from the last run" in whole["source"]
 
 

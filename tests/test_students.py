@@ -583,9 +583,9 @@ def test_kept_logits_do_for_nothing_they_were_not_made_for(kept, toy_data):
     _, path, settings = kept
     for change, name in (
         ({"max_shift": 1}, "views"), ({"resnet18_epochs": 2}, "recipe"), ({"resnet18_learning_rate": 0.1}, "recipe"),
-        ({"teacher_batch_size": 10}, "recipe"), ({"teacher_seeds": [1]}, "seeds"), ({"teacher_seeds": [0, 1]}, "seeds"),
-        ({"teacher_size": 64}, "size"), ({"teacher_resize": "nearest"}, "resize"),
-        ({"resnet18_trainable": "last_block"}, "trainable"), ({"teacher_label_smoothing": 0.1}, "label_smoothing"),
+        ({"teacher_batch_size": 10}, "recipe"), ({"teacher_seeds": [1]}, "teacher_seeds"), ({"teacher_seeds": [0, 1]}, "teacher_seeds"),
+        ({"teacher_size": 64}, "teacher_size"), ({"teacher_resize": "nearest"}, "teacher_resize"),
+        ({"resnet18_trainable": "last_block"}, "trainable"), ({"teacher_label_smoothing": 0.1}, "teacher_label_smoothing"),
         ({"resnet18_standardize": True}, "standardize"), ({"resnet18_last_layer_factor": 0.5}, "last_layer_factor"),
     ):  # fmt: skip
         message = message_of(fine_tune, "resnet18", toy_data, settings(**change))
@@ -594,7 +594,7 @@ def test_kept_logits_do_for_nothing_they_were_not_made_for(kept, toy_data):
     for part in ("train", "val", "test"):
         other = toy_data._replace(checksum="other", part_checksums={**toy_data.part_checksums, part: "d"})
         message = message_of(fine_tune, "resnet18", other, settings())
-        assert "with data = 'toy'" in message and "'other'" in message
+        assert "with data (checksum) = 'toy'" in message and "'other'" in message
 
 
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-1],

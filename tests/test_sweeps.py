@@ -13,7 +13,7 @@ from kdutils.compat import ensure_torchvision
 from kdutils.data import rotate_validation
 from kdutils.models import seeded
 from kdutils.settings import ROOT
-from kdutils.sweeps import COLUMNS, read_sweep, run_sweep, selection_tables, sweep_table
+from kdutils.sweeps import COLUMNS, read_rows, read_sweep, run_sweep, selection_tables, sweep_table
 from kdutils.teachers import check_weights, fine_tune
 
 GOOD = {
@@ -55,9 +55,12 @@ def test_a_grid_is_all_combinations_on_top_of_what_is_fixed(write):
 
 @pytest.mark.parametrize("changes, fragments", [
     ({"title": None}, ["title", "text"]), ({"grids": []}, ["grids", "list"]), ({"folds": 0}, ["folds", "list"]),
-    ({"folds": [0, -1]}, ["folds", "whole numbers"]), ({"seeds": ["x"]}, ["seeds", "whole numbers"]),
+    ({"folds": [0, -1]}, ["folds", "whole numbers"]), ({"folds": [1, 1]}, ["folds", "different"]),
+    ({"grids": [5]}, ["setting: values"]), ({"fixed": ["epochs"]}, ["setting: values"]),
+    ({"grids": [{"alpha": 0.5}]}, ["baseline"]), ({"grids": [{}, {"alpha": []}]}, ["a value"]),
+    ({"grids": [{}, {"profile": "demo"}]}, ["profile"]), ({"seeds": ["x"]}, ["seeds", "whole numbers"]),
     ({"what": "vgg"}, ["vgg", "resnet50", "resnet18"]), ({"extra": 1}, ["extra"]),
-    ({"grids": [{"resnet18_learning": [1]}]}, ["resnet18_learning", "did you mean 'resnet18_learning_rate'"]),
+    ({"grids": [{}, {"resnet18_learning": [1]}]}, ["resnet18_learning", "did you mean 'resnet18_learning_rate'"]),
 ])  # fmt: skip
 def test_an_unfit_sweep_is_named(write, changes, fragments):
     message = message_of(read_sweep, write(**changes))
@@ -121,11 +124,12 @@ def test_the_committed_sweeps_are_complete():
     files = sorted((ROOT / "report" / "sweeps").glob("*/*.yaml"))
     assert files
     for path in files:
-        sweep, rows = read_sweep(path), pd.read_csv(path.with_suffix(".csv"))
+        sweep, rows = read_sweep(path), read_rows(path.with_suffix(".csv"))
         expected = len(sweep.trials) * len(sweep.folds) * len(sweep.seeds)
         assert set(rows.trial) == set(sweep.trials) and len(rows) == expected, path
-        assert path.stem in [name for name, _, _ in selection_tables(path.parent.name)]
-    assert selection_tables("demo") == []
+        assert path.stem in [name for name, _, _ in selection_tables(path.parent.name, set(rows.weights))]
+        assert path.stem not in [name for name, _, _ in selection_tables(path.parent.name, ["of others"])]
+    assert selection_tables("demo", ["of others"]) == []
 
 
 # Rotated validation folds
@@ -160,10 +164,12 @@ def labels_of(dataset):
 # What is checked before anything is trained
 
 
-def test_weights_are_checked_unless_the_teacher_is_made(tiny, profile, toy_data, tmp_path):
+def test_weights_are_checked_unless_the_teacher_is_made(tiny, profile, toy_data, tmp_path, monkeypatch):
     settings = tiny(weights=str(tmp_path / "weights"), max_shift=0, resnet18_trainable="last_layer")
     check_weights("resnet18", toy_data, settings)
     fine_tune("resnet18", toy_data, settings)
     (tmp_path / "weights" / "resnet50.safetensors").write_bytes(b"damaged")
-    check_weights("resnet18", toy_data, settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(teachers, "load_backbone", lambda *_: pytest.fail("loaded"))
+        check_weights("resnet18", toy_data, settings)
     assert "cannot be read" in message_of(check_weights, "resnet50", toy_data, settings)
