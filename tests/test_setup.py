@@ -184,7 +184,7 @@ def test_without_tex_the_rest_goes_on(checkout):
     result = make_on(machine, checkout, "demo")
     assert result.returncode == 0 and not (machine / "log").exists()
     assert "sudo apt-get install --no-install-recommends latexmk" in result.stdout
-    assert result.stdout.splitlines()[-5:] == ["-m", "kdutils", "report", "--profile", "demo"]
+    assert result.stdout.splitlines()[-6:] == ["-m", "kdutils", "run", "--profile", "demo", "--report"]
 
 
 @make
@@ -205,8 +205,7 @@ def test_report_hands_every_value_on_whole(checkout):
     assert result.returncode == 0, result.stderr
     given = ["--profile", "mine", "-p", "data", "folder:my data/it's", "-p", "data_name", "My ten classes",
              "-p", "weights", "my weights", "-p", "epochs", "60", "-p", "seeds", "[0, 1]"]
-    assert result.stdout.splitlines() == (
-        ["-m", "kdutils", "run", *given] + ["-m", "kdutils", "report", *given, "--out", "report"])
+    assert result.stdout.splitlines() == ["-m", "kdutils", "run", *given, "--report", "--out", "report"]
 
 
 @make
@@ -219,7 +218,7 @@ def test_variables_of_the_surrounding_shell_do_not_leak(checkout):
 def test_clean_leaves_what_is_not_its_own(checkout):
     kept = ["data/a.log", "weights/b.aux", "runs/demo/__pycache__/c", "report/report.tex",
             "report/generated/d.tex", ".venv/bin/python", "kdutils/e.py"]
-    gone = ["report/report.aux", "report/build/x.pdf", "kdutils/__pycache__/y.pyc", ".pytest_cache/z"]
+    gone = ["report/report.aux", "report/report.latex/x.pdf", "kdutils/__pycache__/y.pyc", ".pytest_cache/z"]
     for name in kept + gone:
         path = checkout / name
         path.parent.mkdir(parents=True, exist_ok=True)
