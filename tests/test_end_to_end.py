@@ -107,7 +107,7 @@ def test_the_report_is_built(settings, parameters, tmp_path, monkeypatch):
 
 
 def test_a_report_of_other_settings_is_refused(settings, parameters, tmp_path):
-    other = load_settings("demo", **{**parameters, "alpha": 0.5})
+    other = load_settings("demo", **{**parameters, "alpha": 0.25})
     with pytest.raises(UserError, match="last run with other settings"):
         pipeline.export(other, tmp_path)
 
