@@ -53,7 +53,8 @@ def pretrain(
 
     Every crop goes the way of a teacher's images: reduced to CROP_SIZE, enlarged to `how.size`. Images uint8
     [N, 3, H, W] of any size above CROP_SIZE, on the device. `init`: a state dict to begin with; a last layer of
-    another width is dropped. Raises `TrainingError` if the loss is no number.
+    another width is dropped, and one of the same width must stand for the same classes. Raises `TrainingError` if
+    the loss is no number.
     """
     network = _network(how, num_classes, init)
     labels = train.labels
@@ -159,7 +160,8 @@ def _read_init(path: Path | None) -> tuple[dict[str, Tensor] | None, dict[str, s
     state, header = read_state(path)
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     facts = {"checksum": checksum, "description": header.get("description") or path.name}
-    return state, facts, pretraining_facts(header).get("data", {}).get("checksum")
+    data = pretraining_facts(header).get("data")
+    return state, facts, data.get("checksum") if isinstance(data, dict) else None
 
 
 def _refuse_to_replace(path: Path, artefact_file: Path) -> None:

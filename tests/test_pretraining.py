@@ -265,6 +265,21 @@ def test_init_leaves_out_a_last_layer_of_another_width(made, tmp_path):
     assert header["description"] == "mine.pth; then two (2 classes, 8 images), 1 epoch, 32 px from 32 px crops"
 
 
+def test_init_leaves_out_a_last_layer_that_was_trained_on_other_data(made, pictures, tmp_path):
+    """Its outputs may stand for the same classes in another order."""
+    header = read(made[0])[1]
+    facts = json.loads(header["pretraining"])
+    for number, data in enumerate(({**facts["data"], "checksum": "of others"}, "no facts", None)):
+        there = {**header, "pretraining": json.dumps({**facts, "data": data})}
+        save_file(load_file(made[0]), tmp_path / f"{number}.safetensors", metadata=there)
+        how = HOW._replace(recipe=STILL, seed=9)
+        path = pretrain_on_folder(pictures, how, tmp_path / f"out{number}", init=tmp_path / f"{number}.safetensors",
+                                  runs=tmp_path / "runs")  # fmt: skip
+        state, before = load_file(path), load_file(made[0])
+        torch.testing.assert_close(state["layer4.1.conv2.weight"].float(), before["layer4.1.conv2.weight"].float())
+        assert (state["fc.weight"].float() - before["fc.weight"].float()).abs().max() > 1e-3
+
+
 def test_other_first_weights_train_anew(count_trainings, made, pictures, tmp_path):
     other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in load_file(made[0]).items()}
     save_file(other, tmp_path / "other.safetensors", metadata=read(made[0])[1])
