@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kdutils.settings import ROOT, Settings, UserError, checked, default_of, read_profile, shown_path
 
-FORMAT = 1  # raise it when an artefact's content changes its meaning: older ones are then made again
+FORMAT = 2  # raise it when an artefact's content changes its meaning: older ones are then made again
 RESULT_COLUMNS = ("task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
 
 
