@@ -20,6 +20,7 @@ from torchvision import models as zoo
 from kdutils.models import (
     MEAN,
     STD,
+    FewPixelsConv2d,
     Resize,
     SmallCNN,
     architecture,
@@ -221,6 +222,47 @@ def test_the_frozen_prefix_stays_as_it_is():
 def test_the_new_last_layer_is_seeded():
     one, again, other = (cut(made("resnet18"), "last_layer", 32, 10, seed)[1].fc.weight for seed in (0, 0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other) and one.shape == (10, 512)
+
+
+@pytest.mark.parametrize("size, kernel, stride, padding", [
+    (4, 3, 1, 1), (4, 3, 2, 1), (2, 3, 1, 1), (1, 3, 2, 1), (3, 2, 1, 0), (4, 1, 1, 0), (4, 1, 2, 0), (3, 1, 1, 1),
+])  # fmt: skip
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_pixels_are_convolved_as_any_others(size, kernel, stride, padding, bias):
+    def outcome(kind):
+        generator = torch.Generator().manual_seed(0)
+        conv = seeded(0, lambda: kind(5, 7, kernel, stride, padding, bias=bias)).double()
+        x = torch.randn(3, 5, size, size, dtype=torch.float64, generator=generator, requires_grad=True)
+        out = conv(x)
+        (out * torch.randn(out.shape, dtype=torch.float64, generator=generator)).sum().backward()
+        return out, x.grad, conv.weight.grad
+
+    for found, expected in zip(outcome(FewPixelsConv2d), outcome(nn.Conv2d), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("changes, size", [({}, 5), ({"groups": 4}, 2), ({"dilation": 2}, 4)])
+def test_other_convolutions_are_left_to_torch(monkeypatch, changes, size):
+    monkeypatch.setattr("kdutils.models._ByOutputPixel", None)  # would fail
+    conv = FewPixelsConv2d(4, 4, 3, padding=2, **changes)
+    assert torch.equal(conv(x := torch.ones(1, 4, size, size)), nn.Conv2d.forward(conv, x))
+
+
+def test_few_pixels_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FewPixelsConv2d(4, 4, 3, bias=False)(torch.ones(1, 4, 3, 3)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("trainable", TRAINED)
+@torch.no_grad()
+def test_a_cut_network_is_that_of_torchvision_at_few_pixels(trainable):
+    expected = seeded(1, zoo.resnet50).eval()
+    randomise_norms(expected)
+    expected = expected(images(size=64))
+    prefix, suffix = cut(copy.deepcopy(made("resnet50")), trainable, 64, 1000, seed=0)
+    suffix.fc.load_state_dict(made("resnet50").fc.state_dict())
+    assert any(type(m) is FewPixelsConv2d for m in [*prefix.modules(), *suffix.modules()])
+    close(suffix.eval()(prefix(images(size=64))), expected, 1e-4)
 
 
 def test_an_architecture_alone():
