@@ -67,21 +67,14 @@ def load_data(settings: Settings) -> Dataset:
     Raises `UserError` for a missing or unfit folder, an unreadable image, sizes larger than the data, no network.
     """
     kind = settings.data
-    if kind == "cifar10":
-        default_name, (classes, train, test) = CIFAR10_NAME, _cifar10(project_path(settings.data_dir))
-    elif kind == "shapes10":
-        default_name, (classes, train, test) = "shapes10 (generated images)", _shapes10(settings)
-    else:
-        folder = project_path(kind.removeprefix("folder:").strip())
-        default_name, (classes, train, test) = folder.name, _folder(folder, settings)
+    default_name, classes, train, test = _whole(settings)
     name = settings.data_name or default_name
     if kind != "cifar10" and name == CIFAR10_NAME:
         raise UserError(
             f"data_name: '{CIFAR10_NAME}' names the original images (data = cifar10); "
             "give another, for example 'CIFAR-10, JPEG re-encoding'"
         )
-    sizes = (settings.train_size, settings.val_size)
-    indices = stratified_split(train.labels, sizes, settings.split_seed, "train_size + val_size")
+    indices = _train_and_val(train, settings)
     (test_indices,) = stratified_split(test.labels, (settings.test_size,), settings.split_seed, "test_size")
     parts = {
         "train": Split(train.images[indices[0]], train.labels[indices[0]]),
@@ -94,6 +87,32 @@ def load_data(settings: Settings) -> Dataset:
         checksum=fingerprint(checksums), part_checksums=checksums,
         is_generated=kind == "shapes10", is_cifar10=kind == "cifar10",
     )  # fmt: skip
+
+
+def left_over(settings: Settings) -> Split:
+    """The training images of the data that are neither training nor validation images of the settings, on the device.
+
+    In class order. There may be none.
+    """
+    train = _whole(settings)[2]
+    unused = torch.ones(len(train.labels), dtype=torch.bool)
+    unused[torch.cat(_train_and_val(train, settings))] = False
+    return Split(train.images[unused], train.labels[unused]).to(settings.device)
+
+
+def _whole(settings: Settings) -> tuple[str, list[str], Split, Split]:
+    """The name, the classes, all training and all test images of the settings' data."""
+    if settings.data == "cifar10":
+        return CIFAR10_NAME, *_cifar10(project_path(settings.data_dir))
+    if settings.data == "shapes10":
+        return "shapes10 (generated images)", *_shapes10(settings)
+    folder = project_path(settings.data.removeprefix("folder:").strip())
+    return folder.name, *_folder(folder, settings)
+
+
+def _train_and_val(train: Split, settings: Settings) -> list[Tensor]:
+    sizes = (settings.train_size, settings.val_size)
+    return stratified_split(train.labels, sizes, settings.split_seed, "train_size + val_size")
 
 
 def rotate_validation(dataset: Dataset, fold: int) -> Dataset:

@@ -72,6 +72,100 @@ def distillation_loss(
     return (weight * soft + (1 - alpha) * hard).mean()
 
 
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    dkd_alpha: float,
+    dkd_beta: float,
+) -> Tensor:
+    """T^2 (dkd_alpha TCKD + dkd_beta NCKD), averaged over the batch; every image needs its label.
+
+    TCKD is the divergence of the softened probabilities of "the label" against "another class", NCKD that of the
+    distributions among the other classes; KL = TCKD + (1 - p_teacher[label]) NCKD.
+    Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv:2203.08679).
+
+    Raises `ValueError` unless the temperature is finite and above 0.
+    """
+    _check_temperature(temperature)
+    is_label = F.one_hot(labels, student_logits.shape[1]).bool()
+
+    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, 2] of label and not label, and [B, C] among the other classes (the label: none)."""
+        softened = logits / temperature
+        others = softened.masked_fill(is_label, torch.finfo(logits.dtype).min / 2)
+        on_label = softened.gather(1, labels[:, None])
+        two = torch.cat([on_label, others.logsumexp(dim=1, keepdim=True)], dim=1)
+        return F.log_softmax(two, dim=1), F.log_softmax(others, dim=1)
+
+    pairs = zip(parts(student_logits), parts(teacher_logits.to(student_logits.dtype)), strict=True)
+    tckd, nckd = (F.kl_div(s, t, reduction="batchmean", log_target=True) for s, t in pairs)
+    return temperature**2 * (dkd_alpha * tckd + dkd_beta * nckd)
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    dist_beta: float = 1.0,
+    dist_gamma: float = 1.0,
+) -> Tensor:
+    """T^2 (dist_beta inter + dist_gamma intra): 1 - Pearson's correlation of both nets' softened probabilities, over
+    the classes of an image (inter) and over the batch's images for a class (intra), each a mean.
+
+    Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv:2205.10536).
+
+    Raises `ValueError` unless the temperature is finite and above 0.
+    """
+    _check_temperature(temperature)
+    student, teacher = (
+        F.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits.to(student_logits.dtype))
+    )
+
+    def distance(dim: int) -> Tensor:
+        centred = (probs - probs.mean(dim=dim, keepdim=True) for probs in (student, teacher))
+        return 1 - F.cosine_similarity(*centred, dim=dim).mean()
+
+    return temperature**2 * (dist_beta * distance(1) + dist_gamma * distance(0))
+
+
+def standardise(logits: Tensor) -> Tensor:
+    """Logits [B, C] with mean 0 and standard deviation 1 in every row, so that only their shape is imitated.
+
+    Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv:2403.01427).
+    """
+    # the variance may be 0, where a root has no gradient
+    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.var(dim=1, keepdim=True) + 1e-12).sqrt()
+
+
+def dkd_distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+    dkd_alpha: float, dkd_beta: float, label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """alpha `dkd_loss` + (1 - alpha) `cross_entropy`."""
+    soft = dkd_loss(student_logits, teacher_logits, labels, temperature, dkd_alpha, dkd_beta)
+    return alpha * soft + (1 - alpha) * cross_entropy(student_logits, labels, label_smoothing)
+
+
+def dist_distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+    dist_beta: float, dist_gamma: float, label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """alpha `dist_loss` + (1 - alpha) `cross_entropy`."""
+    soft = dist_loss(student_logits, teacher_logits, temperature, dist_beta, dist_gamma)
+    return alpha * soft + (1 - alpha) * cross_entropy(student_logits, labels, label_smoothing)
+
+
+def standardised_distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """alpha `kd_loss` between `standardise`d logits + (1 - alpha) `cross_entropy` of the student's own."""
+    soft = kd_loss(standardise(student_logits), standardise(teacher_logits.to(student_logits.dtype)), temperature)
+    return alpha * soft + (1 - alpha) * cross_entropy(student_logits, labels, label_smoothing)
+
+
 def combine_teachers(
     teacher_logits: Sequence[Tensor],
     rule: str,

@@ -7,7 +7,7 @@ import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kdutils.runs import artefact, resumable
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher
 from kdutils.training import History, Recipe, fit, memory_format, predict
-from kdutils.views import make_views, view_pixels
+from kdutils.views import Pool, make_views, view_pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,15 @@ class Arm:
 
     loss: `loss(student_logits, labels)` without teachers, `loss(student_logits, teacher_logits, labels)` with;
     bind its parameters with `functools.partial`. combine: for two or more teachers, makes one target of a list of
-    their logits: `combine(list_of_logits, labels=labels)`.
+    their logits: `combine(list_of_logits, labels=labels)`. start: trained students, one a seed, to go on from (with a
+    fresh optimizer) instead of random weights.
     """
 
     name: str
     loss: Callable[..., Tensor]
     teachers: tuple[Teacher, ...] = ()
     combine: Callable[..., Tensor] | None = None
+    start: Sequence["StudentRun"] = ()
 
     def __post_init__(self) -> None:
         if (len(self.teachers) > 1) != (self.combine is not None):
@@ -79,15 +81,19 @@ def student_recipe(settings: Settings) -> Recipe:
     )
 
 
-def train_students(arm: Arm, dataset: Dataset, settings: Settings) -> list[StudentRun]:
+def train_students(
+    arm: Arm, dataset: Dataset, settings: Settings, pool: Pool | None = None
+) -> list[StudentRun]:
     """Train the student once per seed of the settings, or load what was trained under the same conditions.
 
-    One seed fixes the initial weights, the order of the images and their views, in every arm alike.
+    One seed fixes the initial weights, the order of the images and their views, in every arm alike. With a `pool` it is
+    trained on that in place of the data set's training images; the teachers' `view_logits` must be for it, too
+    (`teachers.teach`).
     """
-    return [_train_student(arm, dataset, settings, seed) for seed in settings.seeds]
+    return [_train_student(arm, dataset, settings, seed, pool) for seed in settings.seeds]
 
 
-def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) -> StudentRun:
+def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None) -> StudentRun:
     recipe = student_recipe(settings)
     teacher_names = tuple(teacher.arch for teacher in arm.teachers)
     key = {
@@ -98,13 +104,22 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
         "recipe": dataclasses.asdict(recipe), "seed": seed,
         "precision": settings.precision,
     }  # fmt: skip
+    if pool is not None:
+        key |= {"data": [pool.fingerprint, dataset.part_checksums["val"]], "views": pool.name}
+    start = {run.seed: run for run in arm.start}
+    if start:
+        if seed not in start:
+            raise UserError(f"arm {arm.name}: there is no student of seed {seed} to start from; train one first")
+        key["start"] = start[seed].fingerprint
     folder = settings.run_folder / "students"
     name = "-".join([arm.name, *teacher_names, f"seed{seed}"])
 
     def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
         model = seeded(seed, SmallCNN, len(dataset.classes))
+        if start:
+            model.load_state_dict(start[seed].state)
         history = fit(
-            model, **fit_arguments(arm, dataset, settings, seed), checkpoint=checkpoint,
+            model, **fit_arguments(arm, dataset, settings, seed, pool), checkpoint=checkpoint,
             name=f"{' '.join((arm.name, *teacher_names))}, seed {seed}",
         )  # fmt: skip
         return model.state_dict(), {"history": history}
@@ -125,11 +140,21 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
     )  # fmt: skip
 
 
-def fit_arguments(arm: Arm, dataset: Dataset, settings: Settings, seed: int) -> dict[str, Any]:
+def fit_arguments(
+    arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None
+) -> dict[str, Any]:
     """What `fit` is given to train the student of an arm and seed, but for the network and where it is kept."""
-    viewed = make_views(dataset.train.images, **settings.views)
-    labels = dataset.train.labels
+    if pool is None:
+        viewed = make_views(dataset.train.images, **settings.views)
+        labels, num_views, pixels = dataset.train.labels, len(viewed.table), functools.partial(view_pixels, viewed)
+    else:
+        labels, num_views, pixels = pool.labels, pool.num_views, pool.pixels
     target = _target(arm, labels, seed)
+    if target is not None and target.shape[:2] != (len(labels), num_views):
+        raise UserError(
+            f"arm {arm.name}: the teachers' logits are for {target.shape[0]:,} images in {target.shape[1]} views, the "
+            f"student's are {len(labels):,} in {num_views}; let the teachers label the same images (teachers.teach)"
+        )
 
     def loss(logits: Tensor, index: Tensor, view: Tensor) -> Tensor:
         if target is None:
@@ -137,8 +162,8 @@ def fit_arguments(arm: Arm, dataset: Dataset, settings: Settings, seed: int) -> 
         return arm.loss(logits, target[index, view], labels[index])
 
     return {
-        "inputs": lambda index, view: normalise(view_pixels(viewed, index, view)), "labels": labels, "loss": loss,
-        "recipe": student_recipe(settings), "num_views": len(viewed.table), "seed": seed,
+        "inputs": lambda index, view: normalise(pixels(index, view)), "labels": labels, "loss": loss,
+        "recipe": student_recipe(settings), "num_views": num_views, "seed": seed,
         "validation": (normalise(dataset.val.images), dataset.val.labels), "precision": settings.precision,
     }  # fmt: skip
 

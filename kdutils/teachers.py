@@ -26,7 +26,7 @@ from kdutils.runs import (
 )
 from kdutils.settings import Settings, UserError, logits_file, shown_path
 from kdutils.training import History, Recipe, autocast, fit, memory_format, predict, progress_lines
-from kdutils.views import ViewedImages, make_views, view_pixels, view_table
+from kdutils.views import Pool, ViewedImages, make_views, view_pixels, view_table
 
 SETTING_OF = {  # how messages call the entries of a teacher's key
     "seeds": "teacher_seeds", "size": "teacher_size", "resize": "teacher_resize", "data": "data (checksum)",
@@ -133,6 +133,46 @@ def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) 
         return {}, {**history, "trained_views": work.trained_views, "weights": work.source.checksum}
 
     return resumable(work.folder / "trials", f"{work.name}-seed{seed}", work.key("trial", seed=seed), make)
+
+
+def teach(teacher: Teacher, pool: Pool, dataset: Dataset, settings: Settings) -> Teacher:
+    """The same teacher with `view_logits` for the images and views of another pool, labelled by each of its runs.
+
+    Raises `UserError` where only the teacher's logits are at hand.
+    """
+    if logits_file(settings.weights, teacher.arch) is not None:
+        raise UserError(
+            f"weights: {settings.weights} holds {teacher.arch}'s logits for the training images only; to label "
+            f"{pool.name}, give the ResNet's weights"
+        )
+    work = FineTuning(teacher.arch, dataset, settings)
+    logits = torch.stack([work.label(pool, view) for view in range(pool.num_views)], dim=2)  # [S, N, V, C]
+    return dataclasses.replace(teacher, runs=[
+        dataclasses.replace(
+            run, view_logits=logits[i].to(settings.device),
+            fingerprint=fingerprint({"what": "taught", "run": run.fingerprint, "pool": pool.fingerprint}),
+        )
+        for i, run in enumerate(teacher.runs)
+    ])  # fmt: skip
+
+
+def shuffled_within_classes(teacher: Teacher, labels: Tensor, seed: int = 0) -> Teacher:
+    """A control: every image gets the logits, in all views, of a random image of its class.
+
+    The soft labels then say what a class looks like on average, and nothing of the image. labels: int64 [N].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    other = torch.arange(len(labels))
+    for label in labels.unique().tolist():
+        members = torch.nonzero(labels.cpu() == label).flatten()
+        other[members] = members[torch.randperm(len(members), generator=generator)]
+    return dataclasses.replace(teacher, runs=[
+        dataclasses.replace(
+            run, view_logits=run.view_logits[other.to(run.view_logits.device)],
+            fingerprint=fingerprint({"what": "shuffled", "run": run.fingerprint, "seed": seed}),
+        )
+        for run in teacher.runs
+    ])  # fmt: skip
 
 
 def save_logits(arch: str, dataset: Dataset, settings: Settings, folder: Path) -> Path:
@@ -345,15 +385,38 @@ class FineTuning:
         x = self.cached[view, index].float()
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
+    @cached_property
+    def fitted(self) -> list[nn.Module]:
+        """The fitted suffixes, one a teacher seed."""
+        suffixes = []
+        for seed in self.settings.teacher_seeds:
+            suffix = memory_format(self.cut(seed)[1].to(self.settings.device))
+            suffix.load_state_dict(self.suffix(seed).tensors)
+            suffixes.append(suffix)
+        return suffixes
+
+    def label(self, pool: Pool, view: int) -> Tensor:
+        """The logits float16 [S, N, C] of every seed for one view of a pool's images."""
+        settings = self.settings
+
+        def make() -> tuple[dict[str, Tensor], dict]:
+            found = []
+            blocks = torch.arange(len(pool.labels), device=settings.device).split(250)
+            for index in progress_lines(blocks, f"{self.arch}: labels {pool.name}, view {view + 1}/{pool.num_views}"):
+                x = normalise(pool.pixels(index, torch.full_like(index, view)))
+                with torch.inference_mode(), autocast(settings.device, settings.precision):
+                    x = self.frozen(x).half() if self.trainable != "all" else x
+                found.append(torch.stack([predict(suffix, x, settings.precision) for suffix in self.fitted]).half())
+            return {"logits": torch.cat(found, dim=1)}, {}
+
+        key = self.key("labels", seeds=settings.teacher_seeds, pool=pool.fingerprint, view=view)
+        return artefact(self.folder, f"{self.name}-labels-{pool.name}", key, make).tensors["logits"]
+
     def make(self) -> tuple[dict[str, Tensor], dict]:
         """The logits of every seed for every (index, view), and what else a `Teacher` is made of."""
         settings = self.settings
         fitted = {seed: self.suffix(seed) for seed in settings.teacher_seeds}
-        suffixes = []
-        for seed, found in fitted.items():
-            suffix = memory_format(self.cut(seed)[1].to(settings.device))
-            suffix.load_state_dict(found.tensors)
-            suffixes.append(suffix)
+        suffixes = self.fitted
         prefix_parameters = sum(p.numel() for p in self.cut(0)[0].parameters())
         trained = sum(p.numel() for p in suffixes[0].parameters())
         self.cached, self.feature_seconds = None, 0.0

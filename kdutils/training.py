@@ -82,7 +82,7 @@ def fit(
 
     Every step takes a batch of (index [B], view [B]) pairs: `inputs(index, view)` is what the model is given,
     `loss(logits [B, C], index, view)` a scalar. `labels` int64 [N] (-1: none) are for the training accuracy, which is
-    measured on the augmented views while training. `validation` holds inputs and labels. The last, incomplete batch
+    measured on the augmented views of the labelled images while training. `validation` holds inputs and labels. The last, incomplete batch
     of an epoch is left out. `last_layer_factor`: the learning rate of the layer called `fc`, in terms of the recipe's.
     With a `checkpoint` path, a training that was cut goes on from the step it was last saved at.
 
@@ -132,7 +132,8 @@ def fit(
                         saver.save(epoch, step, total, correct)
             logits = predict(model, validation[0], precision=precision)
             history["train_loss"].append(mean_loss(epoch, steps))
-            history["train_accuracy"].append(correct.item() / (steps * batch_size))
+            labelled = (labels[order[: steps * batch_size]] >= 0).sum().item()
+            history["train_accuracy"].append(correct.item() / max(1, labelled))
             history["val_loss"].append(F.cross_entropy(logits, validation[1]).item())
             history["val_accuracy"].append((logits.argmax(dim=1) == validation[1]).float().mean().item())
             report.epoch(history)

@@ -2,13 +2,25 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdutils.losses import combine_teachers, cross_entropy, distillation_loss, kd_loss
+from kdutils.losses import (
+    combine_teachers,
+    cross_entropy,
+    dist_distillation_loss,
+    dist_loss,
+    distillation_loss,
+    dkd_distillation_loss,
+    dkd_loss,
+    kd_loss,
+    standardise,
+    standardised_distillation_loss,
+)
 
 RULES = ("mean_prob", "mean_logit", "confidence")
 
@@ -82,6 +94,12 @@ LOSSES = {
         s, logits(1).to(s.dtype), torch.tensor([-1, 4, 2, -1, 1, 3]), 4.0, 0.7),
     **{rule: lambda s, rule=rule: combine_teachers([s, logits(1).to(s.dtype)], rule, 4.0, LABELS).square().mean()
        for rule in RULES},
+    "dkd_loss": lambda s: dkd_loss(s, logits(1).to(s.dtype), LABELS, 4.0, 1.0, 8.0),
+    "dist_loss": lambda s: dist_loss(s, logits(1).to(s.dtype), 2.0, 1.0, 3.0),
+    "dkd_distillation_loss": lambda s: dkd_distillation_loss(s, logits(1).to(s.dtype), LABELS, 4.0, 0.7, 1.0, 8.0, 0.1),
+    "dist_distillation_loss": lambda s: dist_distillation_loss(s, logits(1).to(s.dtype), LABELS, 2.0, 0.7, 1.0, 3.0),
+    "standardised_distillation_loss": lambda s: standardised_distillation_loss(
+        s, logits(1).to(s.dtype), LABELS, 2.0, 0.7, 0.1),
 }  # fmt: skip
 
 
@@ -253,7 +271,73 @@ def test_extreme_logits_stay_finite(student, teacher, temperature, dtype):
 
     def loss(s):
         both = [combine_teachers([teacher, student], rule, temperature, LABELS) for rule in RULES]
-        return sum(distillation_loss(s, t, LABELS, temperature, 0.5, 0.1) for t in [teacher, *both])
+        hinton = sum(distillation_loss(s, t, LABELS, temperature, 0.5, 0.1) for t in [teacher, *both])
+        return hinton + dkd_loss(s, teacher, LABELS, temperature, 1.0, 2.0) + dist_loss(s, teacher, temperature)
 
     value = loss(student)
     assert value.isfinite() and value >= 0 and gradient(loss, student).isfinite().all()
+
+
+# --- beyond Hinton ---
+
+
+def test_the_divergence_is_decoupled():
+    """KL = TCKD + (1 - p_teacher[label]) NCKD, image by image (Zhao et al. 2022, equation 7)."""
+    student, teacher, temperature = logits(0), logits(1), 3.0
+    for i, label in enumerate(LABELS.tolist()):
+        row = (student[i : i + 1], teacher[i : i + 1], LABELS[i : i + 1], temperature)
+        other = 1 - (teacher[i] / temperature).softmax(0)[label].item()
+        expected = kd_loss(*row[:2], temperature)
+        torch.testing.assert_close(dkd_loss(*row, 1.0, other), expected, rtol=1e-10, atol=0)
+
+
+def test_dkd_by_hand():
+    student, teacher = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([[2.0, 1.0, 0.5]]).double()
+    s, t = student.softmax(1)[0].tolist(), teacher.softmax(1)[0].tolist()
+    target = t[1] * math.log(t[1] / s[1]) + (1 - t[1]) * math.log((1 - t[1]) / (1 - s[1]))
+    pairs = [(t[i] / (t[0] + t[2]), s[i] / (s[0] + s[2])) for i in (0, 2)]
+    others = sum(a * math.log(a / b) for a, b in pairs)
+    found = dkd_loss(student, teacher, torch.tensor([1]), 1.0, 2.0, 5.0)
+    assert found.item() == pytest.approx(2 * target + 5 * others, rel=1e-10)
+
+
+def test_dist_is_one_minus_pearsons_correlation():
+    student, teacher, temperature = logits(0), logits(1), 2.0
+    s, t = ((x / temperature).softmax(1).numpy() for x in (student, teacher))
+    inter = 1 - np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(s, t)])
+    intra = 1 - np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(s.T, t.T)])
+    found = dist_loss(student, teacher, temperature, dist_beta=2.0, dist_gamma=3.0)
+    assert found.item() == pytest.approx(temperature**2 * (2 * inter + 3 * intra), rel=1e-10)
+
+
+@pytest.mark.parametrize("loss", [
+    lambda s, t: dkd_loss(s, t, LABELS, 4.0, 1.0, 8.0), lambda s, t: dist_loss(s, t),
+    lambda s, t: standardised_distillation_loss(s, t, LABELS, 2.0, 1.0),
+])  # fmt: skip
+def test_nothing_is_left_to_learn_at_the_teacher(loss):
+    assert loss(logits(1), logits(1)).item() == pytest.approx(0, abs=1e-12)
+    assert loss(logits(0), logits(1)).item() > 0.01
+
+
+def test_standardised_logits_ignore_their_size():
+    student, teacher = logits(0), logits(1)
+    plain = standardised_distillation_loss(student, teacher, LABELS, 2.0, 1.0)
+    torch.testing.assert_close(standardised_distillation_loss(5 * student, teacher / 3 + 2, LABELS, 2.0, 1.0), plain)
+    spread = standardise(student)
+    torch.testing.assert_close(spread.std(dim=1), torch.ones(6).double(), rtol=1e-6, atol=0)
+    assert spread.mean(dim=1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("mixed, soft, values", [
+    (dkd_distillation_loss, lambda s, t: dkd_loss(s, t, LABELS, 4.0, 1.0, 8.0),
+     {"temperature": 4.0, "dkd_alpha": 1.0, "dkd_beta": 8.0}),
+    (dist_distillation_loss, lambda s, t: dist_loss(s, t, 4.0, 1.0, 2.0),
+     {"temperature": 4.0, "dist_beta": 1.0, "dist_gamma": 2.0}),
+    (standardised_distillation_loss, lambda s, t: kd_loss(standardise(s), standardise(t), 4.0), {"temperature": 4.0}),
+])  # fmt: skip
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_other_soft_terms_are_weighed_against_the_labels_in_the_same_way(mixed, soft, values, alpha):
+    student, teacher = logits(0), logits(1)
+    expected = alpha * soft(student, teacher) + (1 - alpha) * cross_entropy(student, LABELS, 0.1)
+    found = mixed(student, teacher, LABELS, alpha=alpha, label_smoothing=0.1, **values)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

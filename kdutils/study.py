@@ -1,0 +1,239 @@
+"""The full study: the arms beyond the four notebooks' own - controls, budgets, other losses, unlabelled images.
+
+Each arm is a function of a `Study` and can be trained alone, so that they can be spread over processes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdutils.compat import ensure_torchvision
+from kdutils.data import Dataset, left_over, load_data
+from kdutils.losses import (
+    cross_entropy,
+    dist_distillation_loss,
+    distillation_loss,
+    dkd_distillation_loss,
+    standardised_distillation_loss,
+)
+from kdutils.metrics import accuracy
+from kdutils.runs import artefact
+from kdutils.settings import Settings, apply_threads, load_settings
+from kdutils.students import Arm, StudentRun, train_students
+from kdutils.teachers import Teacher, fine_tune, shuffled_within_classes, teach
+from kdutils.training import progress_lines
+from kdutils.views import Pool, pool_of_draws, pool_of_views
+
+LONG = 100  # epochs of the long budget
+EARLIER_RECIPE = {
+    "epochs": 30, "batch_size": 64, "optimizer": "adam", "schedule": "constant", "learning_rate": 0.001,
+    "weight_decay": 0.0, "label_smoothing": 0.0,
+}  # fmt: skip
+EARLIER_TEMPERATURE, EARLIER_ALPHA = 4.0, 0.8
+DRAWS = 15  # random draws of the earlier submission's augmentation that are kept of every image
+# chosen on the validation images: report/sweeps/cifar10-standin
+DKD = {"temperature": 4.0, "alpha": 0.5, "dkd_alpha": 1.0, "dkd_beta": 2.0}
+DIST = {"temperature": 1.0, "alpha": 0.5, "dist_beta": 2.0, "dist_gamma": 2.0}
+STANDARDISED = {"temperature": 2.0, "alpha": 0.5}
+UNLABELLED_VIEWS = {"max_shift": 0, "shift_step": 1}  # an image and its mirror image
+
+
+class Entry(NamedTuple):
+    """One arm of the study: the task it belongs to, with its own settings and, where it has one, its own pool."""
+
+    task: str
+    arm: Arm
+    settings: Settings
+    pool: Pool | None = None
+
+
+class Study:
+    """What the arms share, made or loaded when first asked for."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return load_data(self.settings)
+
+    @cached_property
+    def teachers(self) -> tuple[Teacher, ...]:
+        return tuple(fine_tune(arch, self.dataset, self.settings) for arch in ("resnet50", "resnet18"))
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The one that does better on the validation images, over its seeds: the study's arms learn from it."""
+
+        def on_validation(teacher: Teacher) -> float:
+            return sum(accuracy(run.logits["val"], self.dataset.val.labels) for run in teacher.runs) / len(teacher.runs)
+
+        return max(self.teachers, key=on_validation)
+
+    @property
+    def scratch(self) -> Arm:
+        return Arm("scratch", partial(cross_entropy, label_smoothing=self.settings.label_smoothing))
+
+    @property
+    def distil(self) -> Callable[..., Tensor]:
+        settings = self.settings
+        return partial(
+            distillation_loss, temperature=settings.temperature, alpha=settings.alpha,
+            label_smoothing=settings.kd_label_smoothing,
+        )  # fmt: skip
+
+    @cached_property
+    def earlier(self) -> Pool:
+        """The training images under the earlier submission's augmentation."""
+        train = self.dataset.train
+        key = {"what": "draws", "images": self.dataset.part_checksums["train"], "draws": DRAWS}
+        made = artefact(
+            self.settings.run_folder / "draws", "earlier-augmentation", key,
+            lambda: ({"draws": earlier_augmentation(train.images.cpu(), DRAWS, seed=0)}, {}),
+        )  # fmt: skip
+        return pool_of_draws("earlier-augmentation", made.tensors["draws"].to(train.images.device), train.labels)
+
+    @property
+    def earlier_settings(self) -> Settings:
+        return dataclasses.replace(self.settings, **EARLIER_RECIPE)
+
+    def with_rest(self, labelled: bool) -> Pool:
+        """The training images and all that are left over, the latter with or without their labels."""
+        train, rest = self.dataset.train, left_over(self.settings)
+        labels = torch.cat([train.labels, rest.labels if labelled else torch.full_like(rest.labels, -1)])
+        name, views = ("all-labels", self.settings.views) if labelled else ("unlabelled", UNLABELLED_VIEWS)
+        return pool_of_views(name, torch.cat([train.images, rest.images]), labels, **views)
+
+    def for_steps_of(self, epochs: int, pool: Pool) -> Settings:
+        """Settings whose epochs over a pool take about as many steps as `epochs` over the training images."""
+        steps = epochs * (len(self.dataset.train.labels) // self.settings.batch_size)
+        return dataclasses.replace(
+            self.settings, epochs=max(1, round(steps / (len(pool.labels) // self.settings.batch_size)))
+        )
+
+    @property
+    def long(self) -> Settings:
+        return dataclasses.replace(self.settings, epochs=LONG)
+
+    def train(self, entry: Entry, seeds: Sequence[int] | None = None) -> list[StudentRun]:
+        """The trained students of an arm; of some seeds only, if asked."""
+        settings = dataclasses.replace(entry.settings, seeds=list(seeds or entry.settings.seeds))
+        return train_students(entry.arm, self.dataset, settings, entry.pool)
+
+
+def earlier_augmentation(images: Tensor, draws: int, seed: int) -> Tensor:
+    """Random draws uint8 [N, V, H, W, 3] of images uint8 [N, 3, H, W], as the earlier submission augmented them:
+    random resized crop (80 to 100 % of the area), flip, rotation by up to 30 degrees, RandAugment (2 operations of
+    magnitude 7; Cubuk et al. 2020, arXiv:1909.13719). The global random state is left alone.
+    """
+    transforms = ensure_torchvision().transforms
+    augment = transforms.Compose([
+        transforms.RandomResizedCrop(images.shape[-1], scale=(0.8, 1.0), antialias=True),
+        transforms.RandomHorizontalFlip(), transforms.RandomRotation(30),
+        transforms.RandAugment(num_ops=2, magnitude=7),
+    ])  # fmt: skip
+    out = torch.empty(len(images), draws, *images.shape[2:], 3, dtype=torch.uint8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for index in progress_lines(range(len(images)), "the earlier augmentation"):
+            for view in range(draws):
+                out[index, view] = augment(images[index]).permute(1, 2, 0)
+    return out
+
+
+def _no_label_smoothing(study: Study) -> Entry:
+    return Entry("1", Arm("no_label_smoothing", cross_entropy), study.settings)
+
+
+def _scratch_long(study: Study) -> Entry:
+    return Entry("1", study.scratch, study.long)
+
+
+def _scratch_earlier_recipe(study: Study) -> Entry:
+    return Entry("1", Arm("scratch_earlier_recipe", cross_entropy), study.earlier_settings, study.earlier)
+
+
+def _earlier_recipe_longer(study: Study) -> Entry:
+    """The earlier recipe, and the same number of epochs of it again."""
+    start = study.train(_scratch_earlier_recipe(study))
+    return Entry("3", Arm("earlier_recipe_longer", cross_entropy, start=start), study.earlier_settings, study.earlier)
+
+
+def _kd_warm_start(study: Study) -> Entry:
+    """The earlier recipe, and the same number of epochs again, now distilling."""
+    start = study.train(_scratch_earlier_recipe(study))
+    teacher = teach(study.teacher, study.earlier, study.dataset, study.settings)
+    loss = partial(distillation_loss, temperature=EARLIER_TEMPERATURE, alpha=EARLIER_ALPHA)
+    return Entry("3", Arm("kd_warm_start", loss, (teacher,), start=start), study.earlier_settings, study.earlier)
+
+
+def _kd_long(study: Study) -> Entry:
+    return Entry("3", Arm("kd", study.distil, (study.teacher,)), study.long)
+
+
+def _kd_shuffled(study: Study) -> Entry:
+    shuffled = shuffled_within_classes(study.teacher, study.dataset.train.labels)
+    return Entry("3", Arm("kd_shuffled", study.distil, (shuffled,)), study.settings)
+
+
+def _dkd(study: Study) -> Entry:
+    loss = partial(dkd_distillation_loss, **DKD, label_smoothing=study.settings.kd_label_smoothing)
+    return Entry("3", Arm("dkd", loss, (study.teacher,)), study.settings)
+
+
+def _dist(study: Study) -> Entry:
+    loss = partial(dist_distillation_loss, **DIST, label_smoothing=study.settings.kd_label_smoothing)
+    return Entry("3", Arm("dist", loss, (study.teacher,)), study.settings)
+
+
+def _kd_standardized(study: Study) -> Entry:
+    loss = partial(standardised_distillation_loss, **STANDARDISED, label_smoothing=study.settings.kd_label_smoothing)
+    return Entry("3", Arm("kd_standardized", loss, (study.teacher,)), study.settings)
+
+
+def _kd_unlabelled(study: Study) -> Entry:
+    """The labelled images and the others without labels, for as many steps as the long budget."""
+    pool = study.with_rest(labelled=False)
+    teacher = teach(study.teacher, pool, study.dataset, study.settings)
+    return Entry("extra", Arm("kd_unlabelled", study.distil, (teacher,)), study.for_steps_of(LONG, pool), pool)
+
+
+def _scratch_all_labels(study: Study) -> Entry:
+    """What the labels of those images would be worth."""
+    pool = study.with_rest(labelled=True)
+    arm = dataclasses.replace(study.scratch, name="scratch_all_labels")
+    return Entry("extra", arm, study.for_steps_of(LONG, pool), pool)
+
+
+ENTRIES: dict[str, Callable[[Study], Entry]] = {
+    "no_label_smoothing": _no_label_smoothing,
+    "scratch_long": _scratch_long,
+    "scratch_earlier_recipe": _scratch_earlier_recipe,
+    "earlier_recipe_longer": _earlier_recipe_longer,
+    "kd_warm_start": _kd_warm_start,
+    "kd_long": _kd_long,
+    "kd_shuffled": _kd_shuffled,
+    "dkd": _dkd,
+    "dist": _dist,
+    "kd_standardized": _kd_standardized,
+    "kd_unlabelled": _kd_unlabelled,
+    "scratch_all_labels": _scratch_all_labels,
+}
+
+
+@lru_cache(maxsize=1)
+def _study(profile: str, parameters: str) -> Study:
+    settings = load_settings(profile, **json.loads(parameters))
+    apply_threads(settings)
+    return Study(settings)
+
+
+def train_entry(profile: str, parameters: str, name: str, seed: int) -> None:
+    """Train one arm's student of one seed: a job for a process of its own. `parameters`: as JSON."""
+    study = _study(profile, parameters)
+    study.train(ENTRIES[name](study), [seed])
