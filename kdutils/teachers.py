@@ -397,16 +397,16 @@ class FineTuning:
 
     def label(self, pool: Pool, view: int) -> Tensor:
         """The logits float16 [S, N, C] of every seed for one view of a pool's images."""
-        settings = self.settings
+        settings, found = self.settings, []
 
         def make() -> tuple[dict[str, Tensor], dict]:
-            found = []
+            frozen, fitted = self.frozen, self.fitted  # built here: what is built in inference mode cannot be trained
             blocks = torch.arange(len(pool.labels), device=settings.device).split(250)
             for index in progress_lines(blocks, f"{self.arch}: labels {pool.name}, view {view + 1}/{pool.num_views}"):
                 x = normalise(pool.pixels(index, torch.full_like(index, view)))
                 with torch.inference_mode(), autocast(settings.device, settings.precision):
-                    x = self.frozen(x).half() if self.trainable != "all" else x
-                found.append(torch.stack([predict(suffix, x, settings.precision) for suffix in self.fitted]).half())
+                    x = frozen(x).half() if self.trainable != "all" else x
+                found.append(torch.stack([predict(suffix, x, settings.precision) for suffix in fitted]).half())
             return {"logits": torch.cat(found, dim=1)}, {}
 
         key = self.key("labels", seeds=settings.teacher_seeds, pool=pool.fingerprint, view=view)
