@@ -58,6 +58,11 @@ def run_jobs(jobs: Jobs, workers: int = 1, scheduler: str | None = None, title: 
     raise UserError(f"{title}: {len(left)} of {len(jobs)} failed twice ({failed}); all others are done and kept")
 
 
+def check_cluster(scheduler: str) -> None:
+    """Raise `UserError` unless a Dask cluster can be used at this address."""
+    _client(scheduler).close()
+
+
 def _attempt(job: Callable[[], Any]) -> Outcome:
     try:
         return job(), None
@@ -125,23 +130,28 @@ def _serve(pipe: Connection, threads: int) -> None:
             pipe.send(_attempt(pipe.recv()))
 
 
-def _on_cluster(jobs: Jobs, address: str) -> Iterator[tuple[str, Outcome]]:
-    """On a Dask cluster, which gives the job of a worker that is lost to another."""
+def _client(address: str) -> Any:
     try:
-        from distributed import Client, as_completed
+        from distributed import Client
     except ImportError as error:
         raise UserError(
             "scheduler: a Dask cluster needs the package 'distributed', which is not installed here; "
             "type: pip install distributed"
         ) from error
     try:
-        client = Client(address, timeout="5s", set_as_default=False)
+        return Client(address, timeout="5s", set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"scheduler: no Dask scheduler answers at {address!r} ({type(error).__name__}); "
             "give the address that `dask scheduler` prints, such as tcp://HOST:8786"
         ) from error
-    with client:
+
+
+def _on_cluster(jobs: Jobs, address: str) -> Iterator[tuple[str, Outcome]]:
+    """On a Dask cluster, which gives the job of a worker that is lost to another."""
+    with _client(address) as client:
+        from distributed import as_completed
+
         names = {client.submit(_attempt, job, pure=False): name for name, job in jobs.items()}
         for future in as_completed(list(names), loop=client.loop):
             name = names.pop(future)
