@@ -232,11 +232,13 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 def grid_map(frame: pd.DataFrame, rows: str, columns: str) -> pd.DataFrame:
     """Mean validation accuracy by the values of two settings, out of the trials that name both: for a heat map."""
-    named = [dict(part.split(" = ", 1) for part in trial.split(", ") if " = " in part) for trial in frame.trial]
-    values = pd.DataFrame({name: [trial.get(name) for trial in named] for name in (rows, columns)}, index=frame.index)
-    values = values.dropna().apply(lambda column: pd.to_numeric(column, errors="coerce").fillna(column))
-    together = values.assign(val_accuracy=frame.val_accuracy)
-    return together.pivot_table(index=rows, columns=columns, values="val_accuracy")
+    points = []
+    for trial, accuracy in zip(frame.trial, frame.val_accuracy):
+        named = dict(part.split(" = ", 1) for part in trial.split(", ") if " = " in part)
+        if rows in named and columns in named:
+            values = {name: named[name] if name in ARM else checked(name, named[name]) for name in (rows, columns)}
+            points.append({**values, "val_accuracy": accuracy})
+    return pd.DataFrame(points).pivot_table(index=rows, columns=columns, values="val_accuracy")
 
 
 def sweep_table(frame: pd.DataFrame) -> pd.DataFrame:
