@@ -184,15 +184,15 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from kdutils import bench
+    from kdutils import bench, performance
 
     # neither data nor weights are read, so a profile's weights may be absent
     settings = load_settings(options.profile, **_parameters(options) | {"weights": "imagenet"})
     if options.page:
-        bench.read_notes(bench.PAGE)  # its marks may be lost: better told before than after
+        performance.read_notes(performance.PAGE)  # its marks may be lost: better told before than after
     found = bench.run(settings, quick=options.quick)
     if options.page:
-        print(f"page: {shown_path(bench.write_page(found, bench.PAGE))}")
+        print(f"page: {shown_path(performance.write_page(found, performance.PAGE))}")
 
 
 def _pretrain(options: argparse.Namespace) -> None:
