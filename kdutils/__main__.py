@@ -21,7 +21,7 @@ from kdutils.settings import (
     project_path,
     shown_path,
 )
-from kdutils.sweeps import read_sweep, run_sweep, sweep_table
+from kdutils.sweeps import grid_sweep, read_sweep, run_sweep, sweep_table
 
 EXAMPLES = """examples:
   python -m kdutils run --profile demo                      the four notebooks on generated images, in minutes
@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   python -m kdutils run --profile cifar10-standin -p data folder:data/cifar10-jpeg -p weights weights
   python -m kdutils report --profile demo                   typeset what the last run found
   python -m kdutils results --profile demo                  print its table
+  python -m kdutils sweep --profile demo --grid temperature=1,4 --grid alpha=0.5,0.9 --workers 2
   python -m kdutils bench --profile demo --quick            how fast this is, against the plain way of doing it
   python -m kdutils pretrain data/tiny-imagenet-40 --arch resnet18 --epochs 20      make weights/resnet18.safetensors
 """
@@ -70,8 +71,7 @@ def _parser() -> argparse.ArgumentParser:
             help="set a parameter; may be given many times",
         )  # fmt: skip
         if name == "sweep":
-            command.add_argument("file", metavar="FILE", help="what to try: a .yaml file, as in report/sweeps")
-            command.add_argument("--out", metavar="FOLDER", help="where to write (default: beside FILE)")
+            _add_sweep(command)
         if name == "bench":
             command.add_argument("--quick", action="store_true", help="only see whether it works: few, small timings")
             command.add_argument("--page", action="store_true", help="write docs/performance.md, too")
@@ -83,6 +83,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--pdf-only", action="store_true", help="typeset what FOLDER/generated holds")
     _add_pretrain(commands)
     return parser
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", nargs="?", metavar="FILE", help="what to try: a .yaml file, as in report/sweeps")
+    command.add_argument(
+        "--grid", action="append", default=[], metavar="NAME=V1,V2,...",
+        help="in place of FILE; may be given many times: all combinations are tried. Besides settings: teachers "
+        "(resnet18, resnet50, resnet50+resnet18), rule (how two are combined), seeds",
+    )  # fmt: skip
+    command.add_argument("--what", help="with --grid: kd (the default), scratch, resnet18 or resnet50")
+    command.add_argument("--out", metavar="FOLDER", help="where to write (default: beside FILE, or the run's sweeps)")
+    command.add_argument("--workers", metavar="N", help="processes that share the cores (default: 1, with all of them)")
+    command.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that shares the run folder")
 
 
 def _add_pretrain(commands: argparse._SubParsersAction) -> None:
@@ -152,23 +165,34 @@ def _results(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    path = project_path(options.file)
-    out = (project_path(options.out) if options.out else path.parent) / f"{path.stem}.csv"
-    frame = run_sweep(read_sweep(path), options.profile, _parameters(options), out)
+    if bool(options.file) == bool(options.grid):
+        raise UserError("sweep: give either FILE or --grid NAME=V1,V2,... (one or more)")
+    if options.file and options.what:
+        raise UserError("--what: FILE says it; leave it out, or give --grid in place of FILE")
+    if options.workers and options.scheduler:
+        raise UserError("--workers: the cluster at --scheduler has its own; leave one of the two out")
+    workers, settings = checked("threads", options.workers or 1, "--workers"), _settings(options)
+    if options.file:
+        path = project_path(options.file)
+        sweep, folder = read_sweep(path), path.parent
+    else:
+        sweep, folder = grid_sweep(options.what or "kd", options.grid, settings.seeds), settings.run_folder / "sweeps"
+    out = (project_path(options.out) if options.out else folder) / f"{sweep.name}.csv"
+    frame = run_sweep(sweep, options.profile, _parameters(options), out, workers, options.scheduler)
     print(sweep_table(frame).to_string(index=False))
     print(f"rows: {shown_path(out)}")
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from kdutils import bench
+    from kdutils import bench, performance
 
     # neither data nor weights are read, so a profile's weights may be absent
     settings = load_settings(options.profile, **_parameters(options) | {"weights": "imagenet"})
     if options.page:
-        bench.read_notes(bench.PAGE)  # its marks may be lost: better told before than after
+        performance.read_notes(performance.PAGE)  # its marks may be lost: better told before than after
     found = bench.run(settings, quick=options.quick)
     if options.page:
-        print(f"page: {shown_path(bench.write_page(found, bench.PAGE))}")
+        print(f"page: {shown_path(performance.write_page(found, performance.PAGE))}")
 
 
 def _pretrain(options: argparse.Namespace) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from kdutils.data import Dataset
+from kdutils.losses import combine_teachers, cross_entropy, distillation_loss
 from kdutils.models import SmallCNN, normalise, seeded
-from kdutils.runs import artefact, resumable
+from kdutils.runs import Artefact, artefact, resumable
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher
 from kdutils.training import History, Recipe, fit, memory_format, predict
@@ -50,6 +51,10 @@ class Arm:
                 "parameters by name with functools.partial"
             ) from error
 
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        return tuple(teacher.arch for teacher in self.teachers)
+
 
 @dataclasses.dataclass(frozen=True)
 class StudentRun:
@@ -67,6 +72,24 @@ class StudentRun:
     def network(self) -> SmallCNN:
         """The trained student."""
         return _network(self.state)
+
+
+LOSSES: dict[str, Callable[[Settings], Callable[..., Tensor]]] = {  # of the arms that are known by name
+    "scratch": lambda settings: functools.partial(cross_entropy, label_smoothing=settings.label_smoothing),
+    "kd": lambda settings: functools.partial(
+        distillation_loss, temperature=settings.temperature, alpha=settings.alpha,
+        label_smoothing=settings.kd_label_smoothing,
+    ),
+}  # fmt: skip
+
+
+def named_arm(name: str, settings: Settings, teachers: Sequence[Teacher] = (), rule: str = "mean_prob") -> Arm:
+    """The arm of a name in `LOSSES`, as the notebooks have it; two teachers are combined by the rule."""
+    loss = LOSSES[name](settings)
+    if len(teachers) < 2:
+        return Arm(name, loss, tuple(teachers))
+    combine = functools.partial(combine_teachers, rule=rule, temperature=settings.temperature)
+    return Arm(f"{name}_{rule}", loss, tuple(teachers), combine)
 
 
 def student_recipe(settings: Settings) -> Recipe:
@@ -93,9 +116,18 @@ def train_students(
     return [_train_student(arm, dataset, settings, seed, pool) for seed in settings.seeds]
 
 
-def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None) -> StudentRun:
+def _file_name(arm: Arm, seed: int) -> str:
+    return "-".join([arm.name, *arm.teacher_names, f"seed{seed}"])
+
+
+def fit_student(
+    arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None
+) -> Artefact:
+    """One seed's student, or the one that was trained under the same conditions: its state, and its `history`.
+
+    Test images are not looked at.
+    """
     recipe = student_recipe(settings)
-    teacher_names = tuple(teacher.arch for teacher in arm.teachers)
     key = {
         "what": "student", "network": _code(SmallCNN), "loss": describe(arm.loss),
         "combine": describe(arm.combine) if arm.combine else None,
@@ -111,8 +143,6 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, po
         if seed not in start:
             raise UserError(f"arm {arm.name}: there is no student of seed {seed} to start from; train one first")
         key["start"] = start[seed].fingerprint
-    folder = settings.run_folder / "students"
-    name = "-".join([arm.name, *teacher_names, f"seed{seed}"])
 
     def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
         model = seeded(seed, SmallCNN, len(dataset.classes))
@@ -120,11 +150,15 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, po
             model.load_state_dict(start[seed].state)
         history = fit(
             model, **fit_arguments(arm, dataset, settings, seed, pool), checkpoint=checkpoint,
-            name=f"{' '.join((arm.name, *teacher_names))}, seed {seed}",
+            name=f"{' '.join((arm.name, *arm.teacher_names))}, seed {seed}",
         )  # fmt: skip
         return model.state_dict(), {"history": history}
 
-    trained = resumable(folder, name, key, make)
+    return resumable(settings.run_folder / "students", _file_name(arm, seed), key, make)
+
+
+def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None) -> StudentRun:
+    trained = fit_student(arm, dataset, settings, seed, pool)
 
     def make_logits() -> tuple[dict[str, Tensor], dict]:
         model = _network(trained.tensors).to(settings.device)
@@ -132,10 +166,11 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, po
         return {part: predict(model, x, settings.precision) for part, x in images.items()}, {}
 
     logits_key = {"what": "student's logits", "student": trained.fingerprint, "data": dataset.checksum}
-    found = artefact(folder, f"{name}-logits", logits_key, make_logits).tensors
+    name = f"{_file_name(arm, seed)}-logits"
+    found = artefact(settings.run_folder / "students", name, logits_key, make_logits).tensors
     logits = {part: tensor.to(settings.device) for part, tensor in found.items()}
     return StudentRun(
-        arm.name, teacher_names, seed, trained.facts["history"], logits, trained.tensors, trained.seconds,
+        arm.name, arm.teacher_names, seed, trained.facts["history"], logits, trained.tensors, trained.seconds,
         trained.fingerprint,
     )  # fmt: skip
 

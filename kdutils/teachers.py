@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,19 @@ def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) 
         history = work.fit(seed, checkpoint)[1]
         return {}, {**history, "trained_views": work.trained_views, "weights": work.source.checksum}
 
-    return resumable(work.folder / "trials", f"{work.name}-seed{seed}", work.key("trial", seed=seed), make)
+    return resumable(*work.trial(seed), make)
+
+
+def prepare_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seeds: Iterable[int]) -> None:
+    """Compute and keep the features that `try_fine_tuning` reads, unless it has done all of these seeds."""
+    work = FineTuning(arch, dataset, settings)
+    if work.trainable == "all" or all(artefact_path(*work.trial(seed)).exists() for seed in seeds):
+        return
+    parts = [("val", 0)] + [("train", view) for view in range(work.trained_views)]
+    for part, view in progress_lines(parts, f"{arch}: features of every view"):
+        for name, key, make in work.feature_blocks(part, view):
+            if not artefact_path(work.feature_folder, name, key).exists():
+                artefact(work.feature_folder, name, key, make)
 
 
 def teach(teacher: Teacher, pool: Pool, dataset: Dataset, settings: Settings) -> Teacher:
@@ -222,6 +235,7 @@ class FineTuning:
         self.trainable = "all" if settings.weights == "none" else settings.of_teacher(arch, "trainable")
         self.folder = settings.run_folder / "teachers"
         self.name = f"{arch}-{self.trainable}"
+        self.feature_folder = self.folder / f"{self.name}-features"
         self.num_views = len(view_table(**settings.views))
         self.feature_seconds = 0.0
         self._checksums: dict[tuple[str, int], str] = {}
@@ -271,6 +285,10 @@ class FineTuning:
             "last_layer_factor": of("last_layer_factor"), **more,
         }  # fmt: skip
 
+    def trial(self, seed: int) -> tuple[Path, str, dict[str, Any]]:
+        """Folder, name and key of what `try_fine_tuning` keeps."""
+        return self.folder / "trials", f"{self.name}-seed{seed}", self.key("trial", seed=seed)
+
     @cached_property
     def logits_key(self) -> dict[str, Any]:
         return self.key("logits", seeds=self.settings.teacher_seeds, data=self.dataset.checksum)
@@ -315,6 +333,14 @@ class FineTuning:
         if self.trainable == "all":
             return normalise(_pixels(self.viewed[part], slice(None), view))
         found = []
+        for name, key, make in self.feature_blocks(part, view):
+            one = artefact(self.feature_folder, name, key, make)
+            self.feature_seconds += one.seconds
+            found.append(one.tensors["features"])
+        return torch.cat(found).to(self.settings.device)
+
+    def feature_blocks(self, part: str, view: int) -> Iterator[tuple[str, dict[str, Any], Callable[[], tuple]]]:
+        """Name, key and making of the artefacts that hold the features of a part in one view."""
         count = len(self.viewed[part].padded)
         for first in range(0, count, BLOCK):
             block = slice(first, min(first + BLOCK, count))
@@ -322,11 +348,7 @@ class FineTuning:
                 **self.prefix_key, "images": self._block_checksum(part, block),
                 "view": self.viewed[part].table[view].tolist(),
             }  # fmt: skip
-            make = partial(self.block_features, part, block, view)
-            one = artefact(self.folder / f"{self.name}-features", f"view{view:03d}", key, make)
-            self.feature_seconds += one.seconds
-            found.append(one.tensors["features"])
-        return torch.cat(found).to(self.settings.device)
+            yield f"view{view:03d}", key, partial(self.block_features, part, block, view)
 
     def _block_checksum(self, part: str, block: slice) -> str:
         """Of the images alone: another split of the same images finds the blocks that stayed together."""

@@ -14,7 +14,7 @@ import yaml
 from conftest import TINY, message_of
 from PIL import Image
 
-from kdutils import bench, reference
+from kdutils import bench, performance, reference
 from kdutils.__main__ import main
 from kdutils.models import SmallCNN, seeded
 from kdutils.settings import load_settings
@@ -158,37 +158,37 @@ def test_a_growth_is_the_slope_of_a_line():
 
 
 def test_the_whole_is_read_from_the_last_run_on_the_same_device(tmp_path, tiny):
-    assert bench.end_to_end(tmp_path, tiny()) is None
+    assert performance.end_to_end(tmp_path, tiny()) is None
     (tmp_path / "provenance.json").write_text('{"device": "cpu", "precision": "float32"}')
     (tmp_path / "timings.csv").write_text(
         'stage,seconds\n"student, scratch, seed 0",5.0\nresnet50: features of every view,100.0\n'
         '"resnet50: fine-tuning, seed 0",90.0\n"resnet50: fine-tuning, seed 1",2.0\n'
     )
-    assert bench.end_to_end(tmp_path, tiny(precision="bfloat16")) is None
-    whole = bench.end_to_end(tmp_path, tiny())
+    assert performance.end_to_end(tmp_path, tiny(precision="bfloat16")) is None
+    whole = performance.end_to_end(tmp_path, tiny())
     assert whole["seconds"] == pytest.approx(5 + 100 + 2) and "from the last run" in whole["source"]
 
 
 def test_the_page_shows_every_row_and_target_and_keeps_the_notes(found, tmp_path):
     page = tmp_path / "docs" / "performance.md"
-    bench.write_page(found, page)
+    performance.write_page(found, page)
     first = page.read_text()
     for row in found["rows"]:
         assert f"| {row['name']} |" in first
     assert "no CUDA machine was at hand" in first and found["machine"]["cpu"] in first and "left out" in first
-    assert len(bench.TARGETS) == sum("at least" in line or "at most" in line for line in first.splitlines())
-    page.write_text(first.replace(bench.NOTES[0], f"{bench.NOTES[0]}\n- torch.compile: slower"))
-    bench.write_page(found, page)
+    assert len(performance.TARGETS) == sum("at least" in line or "at most" in line for line in first.splitlines())
+    page.write_text(first.replace(performance.NOTES[0], f"{performance.NOTES[0]}\n- torch.compile: slower"))
+    performance.write_page(found, page)
     assert page.read_text().count("- torch.compile: slower") == 1
     again = page.read_text()
-    assert bench.write_page(found, page).read_text() == again
-    page.write_text(again.replace(bench.NOTES[1], ""))
-    assert "must hold" in message_of(bench.write_page, found, page)
+    assert performance.write_page(found, page).read_text() == again
+    page.write_text(again.replace(performance.NOTES[1], ""))
+    assert "must hold" in message_of(performance.write_page, found, page)
 
 
 def test_a_gpu_fills_the_other_column(found):
     on_gpu = {**found, "machine": {**found["machine"], "device": "cuda", "gpu": "a GPU"}}
-    text = bench.performance_page(on_gpu, "")
+    text = performance.performance_page(on_gpu, "")
     line = next(line for line in text.splitlines() if line.startswith("| Student epoch over the bare step"))
     cells = line.strip("| ").split(" | ")
     assert cells[2] == "open" and cells[4].rpartition(", ")[2] in ("met", "missed")
@@ -198,7 +198,7 @@ def test_a_gpu_fills_the_other_column(found):
 def test_the_command(settings, found, tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(bench, "run", lambda settings, quick: given.append((settings, quick)) or found)
-    monkeypatch.setattr(bench, "PAGE", tmp_path / "performance.md")
+    monkeypatch.setattr(performance, "PAGE", tmp_path / "performance.md")
     profile = tmp_path / "tiny.yaml"
     profile.write_text(yaml.safe_dump({**TINY, "weights": "no/such/folder"}))
     assert main(["bench", "--profile", str(profile), "-p", "epochs", "3", "--quick"]) == 0

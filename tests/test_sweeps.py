@@ -1,5 +1,7 @@
 """Sweeps: what is tried, on which images, and what the table says of it."""
 
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
@@ -7,13 +9,24 @@ import yaml
 from conftest import message_of
 from safetensors.torch import save_file
 
-from kdutils import sweeps, teachers
+from kdutils import students, sweeps, teachers
 from kdutils.__main__ import main
 from kdutils.compat import ensure_torchvision
-from kdutils.data import rotate_validation
+from kdutils.data import load_data, rotate_validation
+from kdutils.losses import combine_teachers, distillation_loss
 from kdutils.models import seeded
-from kdutils.settings import ROOT
-from kdutils.sweeps import COLUMNS, read_rows, read_sweep, run_sweep, selection_tables, sweep_table
+from kdutils.settings import ROOT, load_settings
+from kdutils.students import Arm, train_students
+from kdutils.sweeps import (
+    COLUMNS,
+    grid_map,
+    grid_sweep,
+    read_rows,
+    read_sweep,
+    run_sweep,
+    selection_tables,
+    sweep_table,
+)
 from kdutils.teachers import check_weights, fine_tune
 
 GOOD = {
@@ -130,6 +143,128 @@ def test_the_committed_sweeps_are_complete():
         assert path.stem in [name for name, _, _ in selection_tables(path.parent.name, set(rows.weights))]
         assert path.stem not in [name for name, _, _ in selection_tables(path.parent.name, ["of others"])]
     assert selection_tables("demo", ["of others"]) == []
+
+
+# Students
+
+
+TAUGHT = {"what": "kd", "teachers": ["resnet18"], "folds": None, "fixed": None}
+
+
+@pytest.mark.parametrize("changes, fragments", [
+    ({"teachers": None}, ["teachers: ''", "resnet18"]), ({"teachers": ["vgg"]}, ["teachers: 'vgg'"]),
+    ({"teachers": ["resnet18", "resnet18"]}, ["teachers: 'resnet18+resnet18'"]), ({"rule": "mean"}, ["rule: 'mean'"]),
+    ({"grids": [{}, {"teachers": ["resnet50", "resnet"]}]}, ["teachers: 'resnet'"]),
+    ({"folds": [0, 1]}, ["folds", "fine-tuned on images", "[0]"]), ({"what": "scratch"}, ["teachers", "not taught"]),
+    ({"what": "resnet18"}, ["needs 'folds'"]), ({"grids": [{}, {"rul": ["mean_prob"]}]}, ["no setting 'rul'"]),
+])  # fmt: skip
+def test_an_unfit_sweep_of_students_is_named(write, changes, fragments):
+    message = message_of(read_sweep, write(**{**TAUGHT, "grids": [{}, {"alpha": [0.5]}], **changes}))
+    assert message.startswith("sweep") and all(fragment in message for fragment in fragments), message
+
+
+def test_teachers_and_their_rule_can_be_tried_like_settings(write):
+    grids = [{}, {"teachers": ["resnet18+resnet50"], "rule": ["mean_prob", "mean_logit"]}]
+    sweep = read_sweep(write(**{**TAUGHT, "grids": grids}))
+    assert list(sweep.trials.values()) == [
+        {"teachers": "resnet18"}, {"teachers": "resnet18+resnet50", "rule": "mean_prob"},
+        {"teachers": "resnet18+resnet50", "rule": "mean_logit"},
+    ]  # fmt: skip
+    assert sweep.folds == [0] and sweep.baseline == "teachers = resnet18"
+
+
+def test_a_grid_needs_no_file():
+    sweep = grid_sweep("kd", ["temperature=1, 4", "alpha=0.5", "seeds=3,5"], [0])
+    assert (sweep.what, sweep.folds, sweep.seeds) == ("kd", [0], [3, 5])
+    assert sweep.trials == {
+        "temperature = 1, alpha = 0.5": {"teachers": "resnet18", "temperature": "1", "alpha": "0.5"},
+        "temperature = 4, alpha = 0.5": {"teachers": "resnet18", "temperature": "4", "alpha": "0.5"},
+    }
+    assert grid_sweep("scratch", ["epochs=1"], [0]).trials == {"epochs = 1": {"epochs": "1"}}
+    assert set(grid_sweep("kd", ["teachers=resnet50,resnet18+resnet50"], [7]).trials) == {
+        "teachers = resnet50", "teachers = resnet18+resnet50",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, fragments", [
+    ([], ["FILE or --grid"]), (["x.yaml", "--grid", "alpha=1"], ["FILE or --grid"]), (["x.yaml", "--what", "kd"], ["--what"]),
+    (["--grid", "alpha"], ["--grid: 'alpha'"]), (["--grid", "alpha="], ["--grid: 'alpha='"]),
+    (["--grid", "alpha=1", "--grid", "alpha=0"], ["--grid: 'alpha=0'", "once"]), (["--grid", "alfa=1"], ["'alpha'"]),
+    (["--grid", "alpha=2"], ["alpha: '2'", "from 0 to 1"]), (["--grid", "alpha=1,,0"], ["alpha: ''"]),
+    (["--grid", "seeds=a"], ["--grid seeds"]), (["--grid", "alpha=1", "--what", "vgg"], ["vgg", "scratch"]),
+    (["--grid", "alpha=1", "--workers", "0"], ["--workers: '0'", "at least 1"]),
+    (["--grid", "alpha=1", "--workers", "2", "--scheduler", "x"], ["--workers"]),
+    (["--grid", "train_size=20"], ["same images"]), (["--grid", "profile=demo"], ["--profile"]),
+])  # fmt: skip
+def test_an_unfit_command_is_named_before_anything_is_trained(error_of, tiny_profile, tmp_path, arguments, fragments):
+    message = error_of(["sweep", *arguments, "--profile", tiny_profile()])
+    assert all(fragment in message for fragment in fragments), message
+    assert not (tmp_path / "runs" / "tiny" / "teachers").exists()
+
+
+def test_students_are_those_of_the_notebooks_and_never_see_test_images(tiny_profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(students, "predict", lambda *_, **__: pytest.fail("a student was given other images"))
+    profile = tiny_profile(max_shift=0)
+    grid = ["teachers=resnet18,resnet18+resnet50", "temperature=2.0,4.0", "alpha=0.9"]
+    rows = run_sweep(grid_sweep("kd", grid, [0]), profile, {}, tmp_path / "x.csv")
+    assert tuple(rows.columns) == COLUMNS and len(rows) == 4 and set(rows.fold) == {0} and set(rows.epochs) == {2}
+    assert list(rows.what.unique()) == ["kd resnet18", "kd_mean_prob resnet50 resnet18"]
+    assert set(rows.weights) == {"none", "none+none"} and set(rows.views) == {2}
+    assert grid_map(rows, "temperature", "teachers").shape == (2, 2)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(students, "fit", lambda *_, **__: pytest.fail("a student was trained again"))
+    settings = load_settings(profile, seeds=[0])
+    dataset = load_data(settings)
+    both = tuple(fine_tune(arch, dataset, settings) for arch in ("resnet50", "resnet18"))
+    distil = partial(distillation_loss, temperature=4.0, alpha=0.9, label_smoothing=settings.kd_label_smoothing)
+    train_students(Arm("kd", distil, both[1:]), dataset, settings)
+    combine = partial(combine_teachers, rule="mean_prob", temperature=4.0)
+    (found,) = train_students(Arm("kd_mean_prob", distil, both, combine), dataset, settings)
+    row = rows[rows.trial == "teachers = resnet18+resnet50, temperature = 4.0, alpha = 0.9"]
+    assert row.val_nll.item() == pytest.approx(found.history["val_loss"][-1], abs=1e-6)
+
+
+def test_processes_find_what_is_shared_and_do_nothing_twice(tiny_profile, tmp_path, capsys):
+    command = ["sweep", "--profile", tiny_profile(max_shift=0), "--grid", "alpha=0.9,0.90", "--grid", "temperature=2,4"]
+    assert main([*command, "--workers", "2"]) == 0
+    path = tmp_path / "runs" / "tiny" / "sweeps" / "kd-alpha-temperature.csv"
+    text, rows = path.read_text(), read_rows(path)
+    assert len(rows) == 8 and len(list((tmp_path / "runs" / "tiny" / "students").glob("kd-*"))) == 4
+    assert list(rows.val_nll[:4]) == list(rows.val_nll[4:])  # both spellings of alpha name the same trials
+    assert "alpha = 0.90, temperature = 2" in capsys.readouterr().out
+    (tmp_path / "again").mkdir()
+    assert main([*command, "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / path.name).read_text() == text
+    assert "epoch" not in capsys.readouterr().out  # nothing was trained
+
+
+def test_students_from_scratch_rotate_their_folds(write, tiny_profile, tmp_path):
+    sweep = read_sweep(write(what="scratch", folds=[0, 2], fixed={"epochs": 1}, grids=[{}, {"learning_rate": [0.01]}]))
+    rows = run_sweep(sweep, tiny_profile(), {}, tmp_path / "x.csv")
+    assert len(rows) == 4 and set(rows.what) == {"scratch"} and set(rows.weights) == {""} and set(rows.epochs) == {1}
+    assert len(set(rows.val_nll)) == 4
+
+
+def test_a_trial_that_fails_is_named_and_the_others_are_kept(tiny_profile, tmp_path, capsys):
+    command = ["sweep", "--profile", tiny_profile(optimizer="sgd"), "--what", "scratch", "--grid", "seeds=0"]
+    assert main([*command, "--grid", "learning_rate=0.001,1e30"]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("learning_rate = 1e30, fold 0, seed 0: failed") == 2
+    assert "1 of 2 failed twice" in err and "lower the learning rate" in err
+    assert len(list((tmp_path / "runs" / "tiny" / "students").glob("scratch-seed0-*.safetensors"))) == 1
+    assert not (tmp_path / "runs" / "tiny" / "sweeps" / "scratch-learning_rate.csv").exists()
+
+
+def test_a_map_holds_the_mean_of_every_pair_of_values():
+    rows = pd.DataFrame({
+        "trial": ["baseline", *(f"temperature = {t}, alpha = {a}" for t in ("10", "2") for a in ("0.5", "0.9")
+                                for _ in range(2))],
+        "val_accuracy": [0.9, 0.1, 0.3, 0.3, 0.5, 0.5, 0.7, 0.7, 0.9],
+    })  # fmt: skip
+    found = grid_map(rows, "temperature", "alpha")
+    assert list(found.index) == [2, 10] and list(found.columns) == [0.5, 0.9]
+    assert found.loc[10, 0.5] == pytest.approx(0.2) and found.loc[2, 0.9] == pytest.approx(0.8)
 
 
 # Rotated validation folds

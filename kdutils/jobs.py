@@ -1,0 +1,163 @@
+"""Independent jobs: in this process, in several processes of this machine, or on a Dask cluster.
+
+A job is a function without arguments that can be pickled: `functools.partial` of a module's function and plain
+arguments. What is worth keeping it keeps as an artefact, so that a job begun again goes on, and one that is done is
+found. Its result is small.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from kdutils.settings import UserError
+from kdutils.training import progress_lines
+
+Jobs = Mapping[str, Callable[[], Any]]
+Outcome = tuple[Any, str | None]  # a result, or the reason why there is none
+
+
+def run_jobs(jobs: Jobs, workers: int = 1, scheduler: str | None = None, title: str = "jobs") -> dict[str, Any]:
+    """The results of all jobs by name, in the order of the jobs.
+
+    workers: 1 for this process; more for as many processes, among which torch's threads are divided. scheduler: the
+    address of a Dask cluster that runs the jobs instead; its machines share the run folder with this one, and have
+    this project installed. A job that fails is named, and tried once more after the others.
+
+    Raises `UserError` for a cluster that cannot be used, and, at the end, naming the jobs that failed twice.
+    """
+    if scheduler is None and workers < 1:
+        raise UserError(f"workers: {workers} will not do; it must be a whole number, at least 1")
+    results: dict[str, Any] = {}
+    left = dict(jobs)
+    for is_last in (False, True):
+        reasons: dict[str, str] = {}
+        if scheduler:
+            outcomes = _on_cluster(left, scheduler)
+        else:
+            outcomes = _here(left) if workers == 1 else _spread(left, workers)
+        with contextlib.closing(outcomes):
+            for _, (name, (result, reason)) in zip(progress_lines(range(len(left)), title), outcomes):
+                if reason is None:
+                    results[name] = result
+                else:
+                    reasons[name] = reason
+                    print(f"{name}: failed: {reason}; {'that was the second time' if is_last else 'once more later'}")
+        left = {name: jobs[name] for name in reasons}
+        if not left:
+            return {name: results[name] for name in jobs}
+    failed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UserError(f"{title}: {len(left)} of {len(jobs)} failed twice ({failed}); all others are done and kept")
+
+
+def check_cluster(scheduler: str) -> None:
+    """Raise `UserError` unless a Dask cluster can be used at this address."""
+    _client(scheduler).close()
+
+
+def _attempt(job: Callable[[], Any]) -> Outcome:
+    try:
+        return job(), None
+    except UserError as error:
+        return None, str(error)
+    except Exception as error:
+        traceback.print_exc()
+        return None, " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _here(jobs: Jobs) -> Iterator[tuple[str, Outcome]]:
+    for name, job in jobs.items():
+        yield name, _attempt(job)
+
+
+def _spread(jobs: Jobs, workers: int) -> Iterator[tuple[str, Outcome]]:
+    """In processes that each do one job after another; one that dies fails its own job, and another takes its place.
+
+    `concurrent.futures` would fail all jobs then, and leave its processes behind where this one is killed.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads as they are
+    threads = max(1, torch.get_num_threads() // workers)
+    waiting = list(reversed(jobs.items()))
+    idle: list[tuple[Connection, BaseProcess]] = []
+    busy: dict[Connection, tuple[str, BaseProcess]] = {}
+
+    def start() -> tuple[Connection, BaseProcess]:
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+        process.start()
+        theirs.close()  # the process has the only one now: when it dies, the pipe ends
+        return mine, process
+
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < workers:
+                pipe, process = idle.pop() if idle else start()
+                name, job = waiting.pop()
+                busy[pipe] = name, process
+                with contextlib.suppress(BrokenPipeError):  # it died: the end of its pipe is read below
+                    pipe.send(job)
+            for pipe in wait(list(busy)):
+                name, process = busy.pop(pipe)
+                try:
+                    outcome = pipe.recv()
+                    idle.append((pipe, process))
+                except (EOFError, ConnectionResetError):
+                    process.join()
+                    outcome = None, f"its process ended with status {process.exitcode}"
+                yield name, outcome
+    finally:
+        for process in [process for _, process in (*idle, *busy.values())]:
+            process.terminate()
+            process.join()
+
+
+def _serve(pipe: Connection, threads: int) -> None:
+    """The life of a worker process: it ends with the one that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that one is told, and ends this one
+    os.environ.pop("KDUTILS_PROGRESS", None)  # the progress of every training would drown that of the jobs
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    torch.set_num_threads(threads)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            pipe.send(_attempt(pipe.recv()))
+
+
+def _client(address: str) -> Any:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UserError(
+            "scheduler: a Dask cluster needs the package 'distributed', which is not installed here; "
+            "type: pip install distributed"
+        ) from error
+    try:
+        return Client(address, timeout="5s", set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"scheduler: no Dask scheduler answers at {address!r} ({type(error).__name__}); "
+            "give the address that `dask scheduler` prints, such as tcp://HOST:8786"
+        ) from error
+
+
+def _on_cluster(jobs: Jobs, address: str) -> Iterator[tuple[str, Outcome]]:
+    """On a Dask cluster, which gives the job of a worker that is lost to another."""
+    with _client(address) as client:
+        from distributed import as_completed
+
+        names = {client.submit(_attempt, job, pure=False): name for name, job in jobs.items()}
+        for future in as_completed(list(names), loop=client.loop):
+            name = names.pop(future)
+            try:
+                outcome = future.result()
+            except Exception as error:  # a job that several workers died of, or that they cannot load
+                outcome = None, " ".join(f"{type(error).__name__}: {error}".split())
+            future.release()  # or it would be done again if the worker that holds its result were lost
+            yield name, outcome

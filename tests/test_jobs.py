@@ -1,0 +1,108 @@
+"""Jobs: every one is done once, wherever it runs and whatever dies on the way."""
+
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from conftest import message_of
+from things_to_do import about_the_process, die, divide, fail_at_first, lines, make_after_go, refuse, square, wait_for
+
+from kdutils.jobs import run_jobs
+
+# In this process, and in several
+
+
+def test_results_come_by_name_in_the_order_of_the_jobs():
+    jobs = {str(number): partial(square, number) for number in (3, 1, 2)}
+    assert list(run_jobs(jobs).items()) == [("3", 9), ("1", 1), ("2", 4)]
+    assert run_jobs({}, 1) == run_jobs({}, 2) == {}
+
+
+def test_processes_are_others_quiet_and_share_the_threads(monkeypatch, tmp_path):
+    monkeypatch.setenv("KDUTILS_PROGRESS", str(tmp_path / "progress"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    found = run_jobs({name: about_the_process for name in "cab"}, 2)
+    assert list(found) == ["c", "a", "b"] and {(threads, log) for _, threads, log in found.values()} == {(3, None)}
+    processes = {process for process, _, _ in found.values()}
+    assert len(processes) <= 2 and os.getpid() not in processes
+    for process in processes:  # nothing is left behind
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_a_failed_job_is_named_and_tried_once_more_after_the_others(tmp_path, capsys):
+    fails = {"a": None, "b": refuse, "c": divide, "d": None}
+    jobs = {name: partial(fail_at_first, tmp_path, name, how) for name, how in fails.items()}
+    assert run_jobs(jobs) == {name: name for name in jobs}
+    assert lines(tmp_path) == ["a", "d", "b", "c"]
+    out = capsys.readouterr().out
+    assert "b: failed: learning_rate: too high; once more later" in out
+    assert "c: failed: ZeroDivisionError: division by zero; once more later" in out
+
+
+def test_a_process_that_dies_fails_its_own_job_alone(tmp_path, capsys):
+    fails = {"a": None, "b": die, "c": refuse, "d": None}
+    jobs = {name: partial(fail_at_first, tmp_path, name, how) for name, how in fails.items()}
+    assert run_jobs(jobs, 2) == {name: name for name in jobs}
+    assert sorted(lines(tmp_path)) == ["a", "b", "c", "d"] and sorted(lines(tmp_path)[2:]) == ["b", "c"]
+    out = capsys.readouterr().out
+    assert "b: failed: its process ended with status -9; once more later" in out and out.count("failed") == 2
+
+
+def test_what_fails_twice_is_named_and_the_others_are_done(tmp_path):
+    jobs = {"bad": refuse, **{name: partial(fail_at_first, tmp_path, name) for name in "ab"}, "worse": divide}
+    message = message_of(run_jobs, jobs, title="sweep")
+    assert message.startswith("sweep: 2 of 4 failed twice (bad: learning_rate: too high; worse: ZeroDivisionError: ")
+    assert lines(tmp_path) == ["a", "b"]
+
+
+def test_no_process_at_all_is_refused():
+    assert message_of(run_jobs, {}, 0).startswith("workers: 0 will not do")
+
+
+# On a Dask cluster
+
+
+def test_a_cluster_that_does_not_answer_is_named():
+    pytest.importorskip("distributed", reason="the optional package distributed is not installed")
+    for address in ("tcp://127.0.0.1:9", "nonsense://here"):
+        assert address in message_of(run_jobs, {"a": int}, scheduler=address)
+
+
+def test_without_dask_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert "pip install distributed" in message_of(run_jobs, {"a": int}, scheduler="tcp://127.0.0.1:8786")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two worker processes on this machine."""
+    distributed = pytest.importorskip("distributed", reason="the optional package distributed is not installed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+    ) as found:
+        yield found
+
+
+def test_a_job_that_fails_on_the_cluster_is_tried_once_more(cluster, tmp_path, capsys):
+    jobs = {name: partial(fail_at_first, tmp_path, name, how) for name, how in {"a": None, "b": refuse}.items()}
+    assert run_jobs(jobs, scheduler=cluster.scheduler_address) == {"a": "a", "b": "b"}
+    assert "b: failed: learning_rate: too high" in capsys.readouterr().out
+    assert "bad: learning_rate" in message_of(run_jobs, {"bad": refuse}, scheduler=cluster.scheduler_address)
+
+
+def test_a_lost_worker_costs_no_job_and_none_is_done_twice(cluster, tmp_path):
+    jobs = {str(number): partial(make_after_go, tmp_path, number) for number in range(8)}
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(run_jobs, jobs, scheduler=cluster.scheduler_address)
+        wait_for(lambda: len(lines(tmp_path, "begun")) == 2)
+        _, lost, process = lines(tmp_path, "begun")[0].split()
+        os.kill(int(process), signal.SIGKILL)
+        (tmp_path / "go").touch()
+        assert running.result(timeout=120) == {str(number): number for number in range(8)}
+    assert sorted(lines(tmp_path, "made")) == [f"made {number}" for number in range(8)]
+    assert len(lines(tmp_path, f"begun {lost} ")) == 2  # it was given to another worker
