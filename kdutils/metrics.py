@@ -158,16 +158,23 @@ def paired_difference(a, b, confidence=0.95):
     return mean_interval([x - y for x, y in zip(a, b)], confidence)
 
 
-def verdict(difference):
-    """What a `Difference` lets one say: "higher" or "lower" when its interval excludes zero, else
-    "not separable", or "too few seeds" when there is no interval."""
-    if difference.n < 2:
+OUTCOMES = ("helps", "hurts", "equivalent", "not separable", "too few seeds")
+
+
+def outcome(difference, margin):
+    """What a `Difference` lets one say, one of `OUTCOMES`: "helps" or "hurts" when its interval excludes zero; else
+    "equivalent" when the interval lies within [-margin, margin], "not separable" when it does not; "too few seeds"
+    without an interval. Raises ValueError for a difference that is not a number."""
+    mean, low, high, n = difference
+    if math.isnan(mean) or (n > 1 and not low <= high):
+        raise ValueError(f"a difference of {mean} with the interval {low} to {high}")
+    if n < 2:
         return "too few seeds"
-    if difference.low > 0:
-        return "higher"
-    if difference.high < 0:
-        return "lower"
-    return "not separable"
+    if low > 0:
+        return "helps"
+    if high < 0:
+        return "hurts"
+    return "equivalent" if -margin <= low and high <= margin else "not separable"
 
 
 def t_quantile(probability, df):

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from kdutils import report
+from kdutils.claims import claim_values
 from kdutils.data import load_data
 from kdutils.metrics import parameter_count
 from kdutils.models import SmallCNN
@@ -143,7 +144,7 @@ def export(settings: Settings, out: Path) -> Path:
     report.export_notebooks(notebooks, generated)
     for name in ("results.csv", "provenance.json", "timings.csv"):
         shutil.copyfile(settings.run_folder / name, generated / name)
-    report.write_macros(report.result_values(results, provenance) | report_words(provenance), generated)
+    report.write_macros(macros(results, provenance), generated)
     if out == report.REPORT:
         for path in notebooks:
             _copy_notebook(path, out / "notebooks" / path.name)
@@ -153,6 +154,11 @@ def export(settings: Settings, out: Path) -> Path:
                 save_logits(arch, dataset, settings, out / "teachers")
         report.update_readme(ROOT / "README.md", report.results_table(results), readme_note(provenance))
     return generated
+
+
+def macros(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """All that report.tex reads by name: numbers, settings, claims, and words about data and weights."""
+    return report.result_values(results, provenance) | claim_values(results, provenance) | report_words(provenance)
 
 
 def typeset(generated: Path, pdf: Path) -> Path:

@@ -17,6 +17,7 @@ from kdutils.students import StudentRun, describe_builder
 from kdutils.teachers import Teacher, TeacherRun
 
 PARTS = ("train", "val", "test")
+LONG = "long"
 Scores = dict[tuple[str, str], float]
 
 
@@ -188,6 +189,34 @@ def read_results(folder: Path) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"results: there is no {shown_path(path)}; run the notebooks first (python -m kdutils run)")
     return pd.read_csv(path, keep_default_na=False, dtype={"task": str})
+
+
+def at_budget(results: pd.DataFrame, which: str, epochs: int | None) -> pd.DataFrame:
+    """The rows of results.csv at one budget, so that an arm and its teachers name at most one set of runs.
+
+    which: "" for the report's budget, `epochs`, or the only one an arm had (a fine-tuning's, say); `LONG` for the
+    longest the student from scratch had, if that is longer; "extra" for the rows of the task `extra`.
+    Raises `UserError` for an arm that was run at several budgets of which none is the report's.
+    """
+    results = results.assign(teachers=results.teachers.fillna(""), task=results.task.astype(str))
+    is_extra = results.task == "extra"
+    if which == "extra":
+        return results[is_extra]
+    if which == LONG:
+        longest = results[~is_extra & (results.arm == "scratch")].epochs.max()
+        return results[~is_extra & (results.epochs == longest) & (epochs is not None and longest > epochs)]
+    results = results[~is_extra | is_extra.groupby([results.arm, results.teachers]).transform("all")]
+    several = results.groupby(["arm", "teachers"]).epochs.transform("nunique") > 1
+    at_epochs = results.epochs == epochs
+    unclear = results[several & ~at_epochs.groupby([results.arm, results.teachers]).transform("any")]
+    if len(unclear):
+        arm, teachers = unclear.iloc[0][["arm", "teachers"]]
+        budgets = sorted(unclear[(unclear.arm == arm) & (unclear.teachers == teachers)].epochs.unique().tolist())
+        raise UserError(
+            f"results: the arm {'/'.join(filter(None, (arm, teachers)))} was run for {budgets} epochs, and none of "
+            f"them is the report's {epochs}; run it with that, too"
+        )
+    return results[~several | at_epochs]
 
 
 def accuracy_frame(arms: dict[str, Sequence[StudentRun | TeacherRun]], dataset: Dataset) -> pd.DataFrame:

@@ -115,23 +115,33 @@ def test_paired_difference_by_hand():
 
 def test_what_a_seed_does_to_both_arms_cancels():
     a, b = [0.1, 0.5, 0.9, 0.3], [0.09, 0.48, 0.89, 0.28]
-    assert metrics.verdict(metrics.paired_difference(a, b)) == "higher"
-    assert metrics.verdict(metrics.paired_difference(b, a)) == "lower"
-    assert metrics.verdict(metrics.paired_difference(a, sorted(b))) == "not separable"
+    assert metrics.outcome(metrics.paired_difference(a, b), 0) == "helps"
+    assert metrics.outcome(metrics.paired_difference(b, a), 0) == "hurts"
+    assert metrics.outcome(metrics.paired_difference(a, sorted(b)), 0) == "not separable"
 
 
 def test_too_few_or_unequal_seeds():
     single = metrics.paired_difference([0.7], [0.6])
     assert single.mean == pytest.approx(0.1) and single.n == 1
     assert math.isnan(single.low) and math.isnan(single.high)
-    assert metrics.verdict(single) == "too few seeds"
+    assert metrics.outcome(single, 1) == "too few seeds"
     for a, b in (([], []), ([0.1, 0.2], [0.1])):
         with pytest.raises(ValueError):
             metrics.paired_difference(a, b)
 
 
-def test_equal_arms_are_not_separable():
-    assert metrics.verdict(metrics.paired_difference([0.7, 0.6], [0.7, 0.6])) == "not separable"
+@pytest.mark.parametrize("low, high, expected", [
+    (0.01, 3, "helps"), (-3, -0.01, "hurts"), (-1, 1, "equivalent"), (0, 0, "equivalent"),
+    (-1.01, 0.5, "not separable"), (-0.5, 1.01, "not separable"), (0, 2, "not separable"),
+])
+def test_the_outcome_follows_the_interval_and_the_margin(low, high, expected):
+    assert metrics.outcome(Difference((low + high) / 2, low, high, 5), margin=1) == expected
+
+
+@pytest.mark.parametrize("difference", [Difference(math.nan, math.nan, math.nan, 5), Difference(math.nan, 0, 0, 1)])
+def test_what_is_not_a_number_has_no_outcome(difference):
+    with pytest.raises(ValueError):
+        metrics.outcome(difference, 1)
 
 
 def test_mean_sd():
