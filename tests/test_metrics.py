@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -60,6 +61,38 @@ def test_agreement(four):
     assert metrics.agreement(logits, 5 * logits) == 1
     assert metrics.agreement(logits, logits[:, [1, 0, 2]]) == 0
     assert metrics.agreement(logits, torch.tensor([[1.0, 0, 0]] * 4)) == 0.75
+
+
+def test_agreement_on_what_the_teacher_gets_right_and_wrong(four):
+    student, labels = four
+    teacher = torch.eye(3)[[0, 1, 1, 0]]  # right, right, right, wrong; the student says 0, 0, 1, 0
+    assert metrics.agreement_by_teacher(student, teacher, labels) == {"teacher_right": 2 / 3, "teacher_wrong": 1}
+    never_wrong = metrics.agreement_by_teacher(student, torch.eye(3)[labels], labels)
+    assert never_wrong["teacher_right"] == 0.5 and math.isnan(never_wrong["teacher_wrong"])
+
+
+def test_fidelity_is_the_divergence_from_the_teacher():
+    teacher, student = logits_of([[0.5, 0.5], [1.0, 0.0]]), logits_of([[0.25, 0.75], [0.5, 0.5]])
+    by_hand = (0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75) + math.log(1 / 0.5)) / 2
+    assert metrics.fidelity(student, teacher.clamp(min=-50)) == pytest.approx(by_hand, abs=1e-9)
+    assert metrics.fidelity(student, student + 7) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="shapes differ"):
+        metrics.fidelity(student, student[:1])
+
+
+def test_mean_probabilities_are_a_mean_of_probabilities():
+    mean = metrics.mean_probabilities([logits_of([[0.9, 0.1]]) + 3, logits_of([[0.2, 0.8]])])
+    assert mean.softmax(dim=1)[0].tolist() == pytest.approx([0.55, 0.45])
+
+
+def test_reliability_has_the_bins_of_the_ece(four):
+    table = metrics.reliability(*four, bins=10)
+    filled = table[table["images"] > 0]
+    assert filled["confidence"].tolist() == pytest.approx([0.5, 0.6, 0.7, 0.8])
+    assert filled["accuracy"].tolist() == [0, 0, 1, 1] and table["accuracy"].isna().sum() == 6
+    assert filled["low"].tolist() == pytest.approx([0.4, 0.5, 0.6, 0.7])  # a confidence of 0.5 is in (0.4, 0.5]
+    gap = (table["images"] * (table["confidence"] - table["accuracy"]).abs()).sum() / 4
+    assert gap == pytest.approx(metrics.ece(*four, bins=10)) and len(metrics.reliability(*four)) == 15
 
 
 def test_confusion_matrix_has_true_classes_in_rows(four):
@@ -142,6 +175,51 @@ def test_the_outcome_follows_the_interval_and_the_margin(low, high, expected):
 def test_what_is_not_a_number_has_no_outcome(difference):
     with pytest.raises(ValueError):
         metrics.outcome(difference, 1)
+
+
+def test_the_bootstrap_over_images_by_hand():
+    """One seed, differences of 1 for 30 images and 0 for 70: the draws are binomial, with sd sqrt(0.3 0.7 / 100)."""
+    right_b = np.zeros((1, 100), dtype=bool)
+    right_a = right_b.copy()
+    right_a[0, :30] = True
+    found = metrics.bootstrap_difference(right_a, right_b, resamples=20_000)
+    assert found.mean == pytest.approx(0.3) and found.n == 100
+    assert (found.low, found.high) == pytest.approx((0.3 - 0.09, 0.3 + 0.09), abs=0.015)
+    assert metrics.bootstrap_difference(right_a, right_b, resamples=20_000) == found
+    other = metrics.bootstrap_difference(right_b, right_a, resamples=20_000, seed=1)
+    assert (other.mean, other.low, other.high) == pytest.approx((-0.3, -found.high, -found.low), abs=0.015)
+
+
+def test_the_bootstrap_is_that_of_drawing_images():
+    rng = np.random.default_rng(3)
+    right_a, right_b = rng.random((5, 400)) < 0.7, rng.random((5, 400)) < 0.65
+    drawn = rng.integers(400, size=(4000, 400))
+    means = (right_a.mean(axis=0) - right_b.mean(axis=0))[drawn].mean(axis=1)
+    found = metrics.bootstrap_difference(right_a, right_b, resamples=4000)
+    assert found.mean == pytest.approx(right_a.mean() - right_b.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.004)
+    # seeds that agree on every image are no more images: the interval is that of one
+    once = metrics.bootstrap_difference(right_a[:1], right_b[:1])
+    assert metrics.bootstrap_difference(right_a[[0] * 5], right_b[[0] * 5])[1:3] == pytest.approx(once[1:3])
+
+
+@pytest.mark.parametrize("shapes", [((2, 5), (3, 5)), ((5,), (5,)), ((0, 5), (0, 5))])
+def test_the_bootstrap_needs_the_same_seeds_and_images(shapes):
+    with pytest.raises(ValueError, match=r"\[S, N\]"):
+        metrics.bootstrap_difference(*(np.zeros(shape, dtype=bool) for shape in shapes))
+
+
+def test_per_class_differences_are_paired_by_seed():
+    labels = torch.tensor([0, 0, 1, 1])
+    right_a = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool)
+    right_b = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1]], dtype=torch.bool)
+    table = metrics.per_class_difference(right_a, right_b, labels, ["cat", "dog"])
+    assert table["class"].tolist() == ["cat", "dog"] and table["mean"].tolist() == [0.5, -0.5]
+    assert table["low"].tolist() == table["high"].tolist() == [0.5, -0.5]  # both seeds say the same
+    single = metrics.per_class_difference(right_a[:1], right_b[:1], labels, ["cat", "dog"])
+    assert single["low"].isna().all()
+    with pytest.raises(ValueError, match="class eel"):
+        metrics.per_class_difference(right_a, right_b, labels, ["cat", "dog", "eel"])
 
 
 def test_mean_sd():
