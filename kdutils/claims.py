@@ -7,16 +7,18 @@ weights and a single seed, and a report that lacks an arm it speaks of cannot be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from kdutils import metrics
+from kdutils.data import Dataset
 from kdutils.metrics import Difference
 from kdutils.report import signed, teacher_words, trained_part, with_teachers
-from kdutils.results import LONG, at_budget
-from kdutils.settings import ARCHITECTURES, UserError
+from kdutils.results import LONG, at_budget, bootstrap_text, column
+from kdutils.settings import ARCHITECTURES, Settings, UserError
+from kdutils.students import StudentRun
 
 CORE = "core"  # the group of claims whose arms the four notebooks train; all other groups may be absent
 BOTH = "resnet50+resnet18"
@@ -47,7 +49,8 @@ class Claim(NamedTuple):
     that the student from scratch had) and `arm/teachers@extra` (a row of the task `extra`); `x - y` is a difference of
     two, seed by seed. Teachers are named as in results.csv, or by their part: `better` and `lesser` by their students'
     accuracy on validation images, `stronger` and `weaker` by their own; `*` makes one sentence of each that is there.
-    `share` names an arm, and `{share}` is how far it goes from `b` to `a`.
+    `smoothed` and `plain` are the student from scratch with and without label smoothing, whichever of them is the arm
+    `scratch`. `share` names an arm, and `{share}` is how far it goes from `b` to `a`.
     """
 
     name: str
@@ -101,14 +104,15 @@ CLAIMS = (
         too_few_seeds="there are too few seeds to tell two teachers from the better one alone, {b} {numbers}.")),
     Claim("two-lesser", f"kd_mean_prob/{BOTH}", "kd/lesser",
           _compared("distillation from both", "distillation from {b} alone")),
-    Claim("beyond-smoothing", "kd/better", "scratch", _answered(
+    Claim("beyond-smoothing", "kd/better", "smoothed", _answered(
         helps="the better teacher, {a}, gives the student more than label smoothing does{little} {numbers}.",
         hurts="the better teacher, {a}, gives the student less than label smoothing does{little} {numbers}.",
         equivalent="between the better teacher, {a}, and label smoothing there is no difference larger than a point "
                    "{numbers}.",
         not_separable="these seeds cannot tell what the better teacher, {a}, gives from what label smoothing gives "
                       "{numbers}.",
-        too_few_seeds="there are too few seeds to tell the better teacher, {a}, from label smoothing {numbers}.")),
+        too_few_seeds="there are too few seeds to tell the better teacher, {a}, from label smoothing {numbers}."),
+        "smoothing"),
     Claim("stronger-teacher", "kd/stronger", "kd/weaker", _answered(
         helps="the more accurate teacher, {a}, is also the better one to learn from{little} {numbers}.",
         hurts="the more accurate teacher, {a}, is not the better one to learn from: its student is worse than that of "
@@ -131,8 +135,8 @@ CLAIMS = (
     Claim("ece-two", f"kd_mean_prob/{BOTH}", "scratch",
           _effect("distillation from both", "the student's calibration error", True), metric="ece"),
 
-    Claim("smoothing", "scratch", "no_label_smoothing", _effect("label smoothing"), "controls"),
-    Claim("beyond-plain", "kd/*", "no_label_smoothing",
+    Claim("smoothing", "smoothed", "plain", _effect("label smoothing"), "controls"),
+    Claim("beyond-plain", "kd/*", "plain",
           _effect("against the student from scratch without label smoothing, distillation from {a}"), "controls"),
     Claim("shuffled", "kd/*", "kd_shuffled/*", _answered(
         helps="what {a} says of the single image is worth something to the student: its soft labels teach more than "
@@ -222,6 +226,12 @@ CLAIMS = (
                       "{numbers}, and how much of it distillation from {c} makes up for."),
         "unlabelled", share="kd_unlabelled/*"),
 )  # fmt: skip
+PRIMARY = {  # the claims that were named before there were results, and how a table calls their comparisons
+    "kd-resnet50": "one teacher, ResNet-50 − from scratch",
+    "two-teachers": "two teachers − from scratch",
+    "two-better": "two teachers − the better one, {b}",
+    "beyond-smoothing": "the better one, {a} − label smoothing",
+}
 STUDY = ("controls", "earlier", "losses", "budget")  # the groups of the report's section on controls
 
 
@@ -231,17 +241,70 @@ def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[s
     - `claim/<name>`: the claim's sentence, or sentences
     - `group/<name>`: there for every group of claims that can be made, and `group/study` for any of `STUDY`
     - `better/words`: the single teacher whose students have the higher accuracy on validation images
+    - `words/smoothed`: which student is the control with label smoothing
 
     A group other than the core is left out when none of the arms is there that only it speaks of. Raises `UserError`
     naming the claim when an arm of it is missing otherwise, and when no outcome fits its numbers.
     """
     rows = _Rows(results, provenance.get("settings", {}))
     groups = {CORE: None} | {claim.group: None for claim in CLAIMS if rows.has_any_of(claim.group)}
-    values = {f"claim/{claim.name}": _sentences(claim, rows) for claim in CLAIMS if claim.group in groups}
+    adjusted = _adjusted(rows)
+    values = {f"claim/{claim.name}": _sentences(claim, rows, adjusted) for claim in CLAIMS if claim.group in groups}
     values |= {f"group/{group}": "yes" for group in groups}
     if groups.keys() & set(STUDY):
         values["group/study"] = "yes"
+    with_it = f"which is trained with label smoothing {rows.smoothing:g}"
+    values["words/smoothed"] = f"the student from scratch, {with_it}" if rows.smoothing else "a student of its own"
     return values | {"better/words": teacher_words(rows.roles["better"])}
+
+
+def primary_table(arms: Iterable[Sequence[StudentRun]], dataset: Dataset, settings: Settings) -> pd.DataFrame:
+    """The primary comparisons, a line each: difference of test accuracy in points, its 95 % intervals over seeds and
+    over test images, the p-value of the paired t-test and that after Holm's correction.
+
+    arms: the trained students, all seeds of each, the core's at least. Raises `UserError` for one that is missing.
+    """
+    trained = {"/".join(filter(None, (runs[0].arm, "+".join(runs[0].teachers)))): runs for runs in arms}
+    rows = _Rows(pd.DataFrame([
+        {"task": "4", "arm": run.arm, "teachers": "+".join(run.teachers), "epochs": settings.epochs, "seed": run.seed,
+         "split": part, "metric": "accuracy", "value": accuracy}
+        for runs in trained.values() for part in ("val", "test")
+        for run, accuracy in zip(runs, column(runs, dataset, part, "accuracy"), strict=True)
+    ]), settings.identity())  # fmt: skip
+    lines = []
+    for claim, adjusted in zip(_primary(rows), _adjusted(rows).values()):
+        a, b = (rows.by_seed(side, claim) for side in (claim.a, claim.b))
+        found, runs = compare(a, b), [trained[rows.resolved(side)] for side in (claim.a, claim.b)]
+        words = PRIMARY[claim.name].format(a=_taught_by(claim.a, rows), b=_taught_by(claim.b, rows))
+        lines.append({
+            "Comparison": words[:1].upper() + words[1:], "Difference": signed(found.mean),
+            "Over seeds": f"[{signed(found.low)}, {signed(found.high)}]" if found.n > 1 else "–",
+            "Over images": bootstrap_text(*runs, dataset), "n": found.n,
+            "p": _probability(_p_value(claim, rows)), "p (Holm)": _probability(adjusted),
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def _primary(rows: _Rows) -> list[Claim]:
+    return [claim for claim in CLAIMS if claim.name in PRIMARY and rows.has_any_of(claim.group)]
+
+
+def _adjusted(rows: _Rows) -> dict[str, float]:
+    """The adjusted p-values of the primary comparisons, by name; two that compare the same arms count once."""
+    pairs = {claim.name: (rows.resolved(claim.a), rows.resolved(claim.b)) for claim in _primary(rows)}
+    p_values = {pairs[claim.name]: _p_value(claim, rows) for claim in _primary(rows)}
+    adjusted = dict(zip(p_values, metrics.holm(list(p_values.values()))))
+    return {name: adjusted[pair] for name, pair in pairs.items()}
+
+
+def _p_value(claim: Claim, rows: _Rows) -> float:
+    a, b = (rows.by_seed(side, claim) for side in (claim.a, claim.b))
+    seeds = [seed for seed in a if seed in b]
+    return metrics.paired_p_value([a[seed] for seed in seeds], [b[seed] for seed in seeds]) if seeds else math.nan
+
+
+def _probability(p: float) -> str:
+    return "–" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def compare(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
@@ -259,7 +322,10 @@ class _Rows:
     """Test results by the names that claims use, and who plays which part."""
 
     def __init__(self, results: pd.DataFrame, settings: Mapping[str, Any]):
-        self.epochs = settings.get("epochs")
+        self.epochs, self.smoothing = settings.get("epochs"), settings.get("label_smoothing", 0)
+        self.arms = {"smoothed": "label_smoothing", "plain": "scratch"}
+        if self.smoothing:
+            self.arms = {"smoothed": "scratch", "plain": "no_label_smoothing"}
         self.teachers = {f"{trained_part(arch, settings)}/{arch}" for arch in ARCHITECTURES}
         at = {which: at_budget(results, which, self.epochs) for which in ("", LONG, "extra")}
         self.long = max(at[LONG].epochs, default=None)
@@ -275,30 +341,38 @@ class _Rows:
         self.roles = _roles(val[val.arm == "kd"], ("better", "lesser"))
         self.roles |= _roles(val[val.arm == "teacher"], ("stronger", "weaker"))
 
-    def teachers_of(self, reference: str) -> list[str]:
-        """The teachers of all arms that the reference names, in the assignment's order."""
+    def named(self, reference: str) -> tuple[str, str, str]:
+        """Budget, arm and teachers of a reference, as in results.csv."""
         name, _, at = reference.partition("@")
         arm, _, teachers = name.partition("/")
-        teachers = self.roles.get(teachers, teachers)
+        return at, self.arms.get(arm, arm), self.roles.get(teachers, teachers)
+
+    def resolved(self, reference: str) -> str:
+        return "/".join(filter(None, self.named(reference)[1:]))
+
+    def teachers_of(self, reference: str) -> list[str]:
+        """The teachers of all arms that the reference names, in the assignment's order."""
+        at, arm, teachers = self.named(reference)
         found = {key[2] for key in self.values if key[:2] == (at, arm) and teachers in ("*", key[2])}
         return sorted(found, key=lambda names: (names.count("+"), *map(_place, names.split("+"))))
 
     def has_any_of(self, group: str) -> bool:
+        """Whether there is any of the arms that only this group speaks of, or there are none such."""
         core, own = (
-            {term for claim in CLAIMS if claim.group == name for term in _terms(claim)} for name in (CORE, group)
+            {self.named(term): term for claim in CLAIMS if claim.group == name for term in _terms(claim)}
+            for name in (CORE, group)
         )
-        return any(self.teachers_of(term) for term in own - core - self.teachers)
+        terms = {own[name] for name in own.keys() - core.keys()} - self.teachers
+        return not terms or any(self.teachers_of(term) for term in terms)
 
     def by_seed(self, expression: str, claim: Claim) -> dict[int, float]:
         """The metric of an arm by seed, in the claim's unit; of a difference of two arms, that of their common seeds."""
         if " - " in expression:
             a, b = (self.by_seed(term, claim) for term in expression.split(" - "))
             return {seed: a[seed] - b[seed] for seed in a if seed in b}
-        name, _, at = expression.partition("@")
-        arm, _, teachers = name.partition("/")
-        values = self.values.get((at, arm, self.roles.get(teachers, teachers), claim.metric))
+        values = self.values.get((*self.named(expression), claim.metric))
         if values is None:
-            raise UserError(_lacking(claim, expression))
+            raise UserError(_lacking(claim, "".join([self.resolved(expression), *expression.partition("@")[1:]])))
         return {seed: MEASURES[claim.metric].factor * value for seed, value in values.items()}
 
 
@@ -324,16 +398,16 @@ def _terms(claim: Claim) -> list[str]:
     return [term for side in (claim.a, claim.b, claim.share) if side for term in side.split(" - ")]
 
 
-def _sentences(claim: Claim, rows: _Rows) -> str:
+def _sentences(claim: Claim, rows: _Rows, adjusted: Mapping[str, float]) -> str:
     # the teachers that count are those of the arm that only this group speaks of
     starred = min((term for term in _terms(claim) if "*" in term), key=lambda term: term == "kd/*", default="")
     teachers = rows.teachers_of(starred) if starred else [""]
     if not teachers:
         raise UserError(_lacking(claim, starred.replace("/*", "")))
-    return " ".join(_sentence(claim, rows, taught_by) for taught_by in teachers)
+    return " ".join(_sentence(claim, rows, taught_by, adjusted.get(claim.name, math.nan)) for taught_by in teachers)
 
 
-def _sentence(claim: Claim, rows: _Rows, taught_by: str) -> str:
+def _sentence(claim: Claim, rows: _Rows, taught_by: str, adjusted: float) -> str:
     a, b, share = (side.replace("*", taught_by) for side in (claim.a, claim.b, claim.share))
     measure = MEASURES[claim.metric]
     values = [rows.by_seed(side, claim) for side in (a, b)]
@@ -344,7 +418,7 @@ def _sentence(claim: Claim, rows: _Rows, taught_by: str) -> str:
         raise UserError(f"claim {claim.name}: no wording fits ({error}); look at {a} and {b} in results.csv") from error
     words = {
         "a": _taught_by(a, rows), "b": _taught_by(b, rows), "c": _taught_by(share, rows) if share else "",
-        "numbers": f"({_numbers(found, measure)})", "epochs": rows.epochs, "long": rows.long,
+        "numbers": f"({_numbers(found, measure, adjusted)})", "epochs": rows.epochs, "long": rows.long,
         "little": ", by less than a point" if _is_little(found, measure.margin) else "",
         "share": _share(share, values, claim, rows) if share else "",
     }  # fmt: skip
@@ -361,15 +435,15 @@ def _is_little(difference: Difference, margin: float) -> bool:
 
 
 def _taught_by(expression: str, rows: _Rows) -> str:
-    teachers = expression.split(" - ")[0].partition("@")[0].partition("/")[2]
-    return teacher_words(rows.roles.get(teachers, teachers)).replace(" + ", " and ")
+    return teacher_words(rows.named(expression.split(" - ")[0])[2]).replace(" + ", " and ")
 
 
-def _numbers(difference: Difference, measure: Measure) -> str:
+def _numbers(difference: Difference, measure: Measure, adjusted: float) -> str:
     mean, low, high = (signed(value, measure.decimals) for value in difference[:3])
     if difference.n < 2:
         return f"{mean} {measure.unit}, one seed"
-    return f"{mean} {measure.unit}; 95 % confidence interval {low} to {high}; n = {difference.n}"
+    primary = "" if math.isnan(adjusted) else f"; Holm-adjusted p {'= ' * (adjusted >= 0.001)}{_probability(adjusted)}"
+    return f"{mean} {measure.unit}; 95 % confidence interval {low} to {high}; n = {difference.n}{primary}"
 
 
 def _share(expression: str, values: list[dict[int, float]], claim: Claim, rows: _Rows) -> str:

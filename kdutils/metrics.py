@@ -212,6 +212,33 @@ def paired_difference(a, b, confidence=0.95):
     return mean_interval([x - y for x, y in zip(a, b)], confidence)
 
 
+def paired_p_value(a, b):
+    """Two-sided p-value of Student's paired t-test: how probable differences so far from zero would be if there
+    were none, from 0 to 1; nan for a single seed. It is below 0.05 when the 95 % interval excludes zero."""
+    mean, low, high, n = paired_difference(a, b)
+    if n < 2:
+        return math.nan
+    half = (high - low) / 2
+    if half == 0:
+        return float(mean == 0)
+    return 1 - _t_central(math.atan(abs(mean) / half * t_quantile(0.975, n - 1) / math.sqrt(n - 1)), n - 1)
+
+
+def holm(p_values):
+    """p-values adjusted for their number, in the given order: each is at least the given one and at most 1. nan,
+    of a comparison that could not be made, stays nan and does not count.
+
+    Calling a difference real where it is below 0.05 errs in any of the comparisons with probability 0.05 at most.
+    Holm: A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6, 1979.
+    """
+    adjusted, least = [math.nan] * len(p_values), 0.0
+    made = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    for rank, (p, place) in enumerate(made):
+        least = max(least, min(1.0, (len(made) - rank) * p))
+        adjusted[place] = least
+    return adjusted
+
+
 def bootstrap_difference(right_a, right_b, resamples=2000, seed=0, confidence=0.95):
     """`Difference` of the accuracies of two arms, a - b, in [-1, 1], over test images: mean over all seeds and
     images, and the percentile interval of that mean over `resamples` draws of the images, with replacement.

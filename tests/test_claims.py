@@ -4,14 +4,16 @@ import re
 
 import pandas as pd
 import pytest
+import torch
 from conftest import message_of
 
 from kdutils import claims
-from kdutils.claims import CLAIMS, CORE, claim_values
+from kdutils.claims import CLAIMS, CORE, PRIMARY, claim_values, primary_table
 from kdutils.metrics import OUTCOMES
+from kdutils.students import StudentRun
 
 BOTH = "resnet50+resnet18"
-SETTINGS = {"epochs": 30, "resnet50_trainable": "last_layer", "resnet18_trainable": "last_block"}
+SETTINGS = {"epochs": 30, "label_smoothing": 0.1, "resnet50_trainable": "last_layer", "resnet18_trainable": "last_block"}
 CORE_ARMS = {
     ("1", "scratch", "", 30): 0.70, ("2", "last_layer", "resnet50", 20): 0.80, ("2", "last_block", "resnet18", 10): 0.82,
     ("3", "kd", "resnet50", 30): 0.72, ("3", "kd", "resnet18", 30): 0.73, ("4", "kd_mean_prob", BOTH, 30): 0.74,
@@ -44,8 +46,8 @@ def rows(arms=CORE_ARMS, seeds=5):
     return pd.DataFrame(lines, columns="task arm teachers labels epochs seed split metric value".split())
 
 
-def values(frame):
-    return claim_values(frame, {"settings": SETTINGS})
+def values(frame, **changes):
+    return claim_values(frame, {"settings": SETTINGS | changes})
 
 
 def moved(frame, arm, accuracies, epochs=None, task=None):
@@ -81,6 +83,7 @@ def test_the_sentence_follows_its_difference(monkeypatch, claim, by, expected):
     is_val = (flat.split == "val") & flat.teachers.eq("resnet18")
     flat.loc[is_val, "value"] = 0.8
     arm, teachers, at = re.fullmatch(r"(\w+)/?([\w+*]*)@?(\w*)(?: - .*)?", claim.a).groups()
+    arm = "scratch" if arm == "smoothed" else arm
     teachers = {"better": "resnet18", "stronger": "resnet18", "*": "resnet18"}.get(teachers, teachers)
     if teachers == "resnet18" and not ((flat.arm == arm) & (flat.teachers == teachers)).any():
         teachers = "resnet50"  # the arm of which only this teacher's was run
@@ -103,7 +106,7 @@ def test_numbers_are_points_with_their_interval():
     frame = moved(moved(rows(), "scratch", [0.70] * 5), "kd_mean_prob", [0.71, 0.72, 0.73, 0.72, 0.72])
     assert values(frame)["claim/two-teachers"] == (
         "Distillation from both teachers, by the mean of their probabilities, raises the student's test accuracy "
-        "(+2.00 points; 95 % confidence interval +1.12 to +2.88; n = 5)."
+        "(+2.00 points; 95 % confidence interval +1.12 to +2.88; n = 5; Holm-adjusted p = 0.006)."
     )
 
 
@@ -121,7 +124,7 @@ def test_one_seed_makes_a_report_too():
 def test_only_common_seeds_are_compared():
     frame = rows(CORE_ARMS | STUDY_ARMS)
     frame = frame[(frame.epochs != 100) | (frame.seed < 3)]
-    assert "n = 3)" in values(frame)["claim/longer-scratch"] and "n = 5)" in values(frame)["claim/two-teachers"]
+    assert "n = 3)" in values(frame)["claim/longer-scratch"] and "n = 5)" in values(frame)["claim/kd-resnet18"]
     apart = rows().assign(seed=lambda found: found.seed + 10 * (found.arm == "scratch"))
     assert "claim kd-resnet50" in message_of(values, apart)
 
@@ -161,7 +164,7 @@ def test_a_study_is_never_told_by_half(key):
 
 
 def test_without_the_study_its_groups_are_left_out():
-    assert {key for key in values(rows()) if key.startswith("group/")} == {f"group/{CORE}"}
+    assert {key for key in values(rows()) if key.startswith("group/")} == {f"group/{CORE}", "group/smoothing"}
     everything = values(rows(CORE_ARMS | STUDY_ARMS))
     assert {f"group/{name}" for name in ("study", "controls", "budget", "freeze", "unlabelled")} <= everything.keys()
     assert values(rows()).items() <= everything.items()
@@ -186,3 +189,55 @@ def test_numbers_that_fit_no_wording_fail_by_name():
     assert "claim two-confidence: no wording fits" in message
     twice = pd.concat([rows(), rows()[lambda frame: frame.arm == "scratch"]])
     assert "results.csv has two rows of scratch , seed 0" in message_of(values, twice)
+
+
+def test_the_primary_comparisons_are_corrected_for_their_number():
+    frame = moved(moved(rows(), "scratch", [0.70] * 5), "kd_mean_prob", [0.71, 0.72, 0.73, 0.72, 0.72])
+    frame = moved(frame, "kd", [0.71, 0.70, 0.69, 0.71, 0.70])
+    said = {name: values(frame)[f"claim/{name}"] for name in PRIMARY}
+    # two-teachers - scratch: differences of mean 2, sd 0.707, so t = 6.32 with 4 degrees of freedom, p = 0.0032. The
+    # first and the fourth compare different teachers' students, alike here: four comparisons
+    assert "p = 0.013" in said["two-teachers"] and all("Holm-adjusted" in text for text in said.values())
+    assert "Holm" not in values(frame)["claim/kd-resnet18"]
+    is_val = (frame.split == "val") & (frame.arm == "kd")
+    same = frame.assign(value=frame.value.where(~is_val | (frame.teachers == "resnet18"), 0.9))
+    # now ResNet-50 is the better one, and the fourth comparison is the first again: it counts once
+    assert "p = 0.010" in values(same)["claim/two-teachers"]
+
+
+def test_label_smoothing_is_a_control_of_its_own_where_the_student_has_none():
+    found = values(rows(), label_smoothing=0.0)
+    assert "group/smoothing" not in found and "claim/beyond-smoothing" not in found
+    shuffled = {key: value for key, value in STUDY_ARMS.items() if key[1] == "kd_shuffled"}
+    found = values(rows(CORE_ARMS | shuffled | {("1", "label_smoothing", "", 30): 0.71}), label_smoothing=0.0)
+    assert "more than label smoothing does (+2.0" in found["claim/beyond-smoothing"]
+    assert found["claim/smoothing"].startswith("Label smoothing raises the student's test accuracy")
+
+
+def test_the_table_of_primary_comparisons(tiny, toy_data):
+    right_of = {
+        ("scratch", ""): (5, 6, 5), ("kd", "resnet50"): (7, 8, 8), ("kd", "resnet18"): (8, 8, 9), ("kd_mean_prob", BOTH): (8, 8, 9),
+    }  # fmt: skip
+    arms = [[a_run(key, seed, toy_data, right) for seed, right in enumerate(rights)] for key, rights in right_of.items()]
+    table = primary_table(arms, toy_data, tiny(seeds=[0, 1, 2]))
+    assert table["Comparison"].tolist() == [
+        "One teacher, ResNet-50 − from scratch", "Two teachers − from scratch",
+        "Two teachers − the better one, ResNet-18", "The better one, ResNet-18 − label smoothing",
+    ]  # fmt: skip
+    # differences 20, 20, 30 points: mean 23.33, sd 5.77, so t = 7.00 with 2 degrees of freedom
+    first = table.iloc[0]
+    assert (first["Difference"], first["Over seeds"], first["n"], first["p"]) == ("+23.33", "[+8.99, +37.68]", 3, "0.020")
+    assert first["p (Holm)"] == "0.079"
+    assert first["Over images"].startswith("[+")
+    assert table.iloc[2].tolist()[1:4] == ["+0.00", "[+0.00, +0.00]", "[+0.00, +0.00]"]
+    assert "claim two-teachers" in message_of(primary_table, arms[:3], toy_data, tiny())
+    single = primary_table([runs[:1] for runs in arms], toy_data, tiny(seeds=[0]))
+    assert set(single["p"]) == set(single["Over seeds"]) == {"–"}
+
+
+def a_run(key, seed, dataset, right):
+    """A student that gets so many images of each part right."""
+    labels = dataset.test.labels
+    named = torch.where(torch.arange(len(labels)) < right, labels, (labels + 1) % 10)
+    logits = torch.eye(10)[named]
+    return StudentRun(key[0], tuple(filter(None, key[1].split("+"))), seed, {}, {"val": logits, "test": logits}, {}, 0.0, "")

@@ -177,6 +177,27 @@ def test_what_is_not_a_number_has_no_outcome(difference):
         metrics.outcome(difference, 1)
 
 
+@pytest.mark.parametrize("t, n, expected", [
+    (2.7764451, 5, 0.05), (4.6040949, 5, 0.01), (12.7062047, 2, 0.05), (2.2621572, 10, 0.05), (0.0, 3, 1.0), (-4.3026527, 3, 0.05),
+])
+def test_p_values_against_tables(t, n, expected):
+    """Differences of mean m and sd s with m / (s / sqrt(n)) = t."""
+    spread = np.linspace(-1, 1, n)
+    values = spread / spread.std(ddof=1) / math.sqrt(n) ** -1 + t
+    assert metrics.paired_p_value(values, np.zeros(n)) == pytest.approx(expected, abs=1e-7)
+
+
+def test_p_values_without_a_spread():
+    assert metrics.paired_p_value([1, 1], [0, 0]) == 0 and metrics.paired_p_value([1, 1], [1, 1]) == 1
+    assert math.isnan(metrics.paired_p_value([1], [0]))
+
+
+def test_holm_by_hand():
+    assert metrics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm([0.9, 0.8]) == [1, 1] and metrics.holm([]) == []
+    assert metrics.holm([math.nan, 0.03, 0.02])[1:] == [0.04, 0.04]
+
+
 def test_the_bootstrap_over_images_by_hand():
     """One seed, differences of 1 for 30 images and 0 for 70: the draws are binomial, with sd sqrt(0.3 0.7 / 100)."""
     right_b = np.zeros((1, 100), dtype=bool)
