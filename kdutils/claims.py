@@ -99,7 +99,8 @@ CLAIMS = (
     Claim("two-better", f"kd_mean_prob/{BOTH}", "kd/better", _answered(
         helps="two teachers teach more than the better one alone, {b}{little} {numbers}.",
         hurts="two teachers teach less than the better one alone, {b}{little} {numbers}.",
-        equivalent="adding the other teacher to the better one, {b}, makes no difference larger than a point {numbers}.",
+        equivalent="adding the other teacher to the better one, {b}, makes no difference larger than a point "
+                   "{numbers}.",
         not_separable="these seeds cannot tell two teachers from the better one alone, {b} {numbers}.",
         too_few_seeds="there are too few seeds to tell two teachers from the better one alone, {b} {numbers}.")),
     Claim("two-lesser", f"kd_mean_prob/{BOTH}", "kd/lesser",
@@ -334,7 +335,9 @@ class _Rows:
         for which, rows in at.items():
             for arm, teachers, metric, seed, value in rows[rows.split == "test"][columns].values.tolist():
                 if seed in (values := self.values.setdefault((which, arm, teachers, metric), {})):
-                    raise UserError(f"claims: results.csv has two rows of {arm} {teachers}, seed {seed}, {metric}; keep one")
+                    raise UserError(
+                        f"claims: results.csv has two rows of {arm} {teachers}, seed {seed}, {metric}; keep one"
+                    )
                 values[seed] = value
         val = with_teachers(at[""], settings)
         val = val[(val.split == "val") & (val.metric == "accuracy")]
@@ -366,7 +369,7 @@ class _Rows:
         return not terms or any(self.teachers_of(term) for term in terms)
 
     def by_seed(self, expression: str, claim: Claim) -> dict[int, float]:
-        """The metric of an arm by seed, in the claim's unit; of a difference of two arms, that of their common seeds."""
+        """The metric of an arm by seed, in its unit; of a difference of two arms, that of their common seeds."""
         if " - " in expression:
             a, b = (self.by_seed(term, claim) for term in expression.split(" - "))
             return {seed: a[seed] - b[seed] for seed in a if seed in b}
@@ -442,8 +445,8 @@ def _numbers(difference: Difference, measure: Measure, adjusted: float) -> str:
     mean, low, high = (signed(value, measure.decimals) for value in difference[:3])
     if difference.n < 2:
         return f"{mean} {measure.unit}, one seed"
-    primary = "" if math.isnan(adjusted) else f"; Holm-adjusted p {'= ' * (adjusted >= 0.001)}{_probability(adjusted)}"
-    return f"{mean} {measure.unit}; 95 % confidence interval {low} to {high}; n = {difference.n}{primary}"
+    primary = "" if math.isnan(adjusted) else f", Holm-adjusted p {'= ' * (adjusted >= 0.001)}{_probability(adjusted)}"
+    return f"{mean} {measure.unit}, 95 % CI [{low}, {high}], n = {difference.n}{primary}"
 
 
 def _share(expression: str, values: list[dict[int, float]], claim: Claim, rows: _Rows) -> str:

@@ -403,7 +403,8 @@ def class_gain(tables):
         places = np.arange(len(classes)) + 0.8 * ((number + 0.5) / len(tables) - 0.5)
         colour = COLOURS[number % len(COLOURS)]
         axes.hlines(places, 100 * table["low"], 100 * table["high"], color=colour, linewidth=1.2)
-        axes.plot(100 * table["mean"], places, MARKERS[number % len(MARKERS)], color=colour, markersize=4.5, label=label)
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot(100 * table["mean"], places, marker, color=colour, markersize=4.5, label=label)
     for place in range(1, len(classes)):
         axes.axhline(place - 0.5, color="0.9", linewidth=0.6)
     axes.set_yticks(range(len(classes)), classes)

@@ -96,7 +96,7 @@ def tex(text: Any) -> str:
     """Any text as LaTeX that prints that text; what pdfLaTeX has no glyph for appears as its code point."""
     text = unicodedata.normalize("NFC", " ".join(str(text).split()))
     text = "".join(_SPECIAL.get(character, character) for character in text).replace("--", "-{}-")
-    return re.sub(r"[^\x20-\x7e]", _beyond_ascii, text).replace(" ± ", "~±~")
+    return re.sub(r"[^\x20-\x7e]", _beyond_ascii, text).replace(" ± ", "~±~").replace(r" \%", r"~\%")
 
 
 # --- in a notebook ---
@@ -162,17 +162,41 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if float(value).is_integer() and not isinstance(value, float) else f"{value:.3f}"
 
 
+_NUMBER = re.compile(
+    r"(?P<whole>(< )?[-+−]?[\d,]+|–|)(?P<fraction>\.\d+)?(?P<unit>e[-+]?\d+|\s*%)?"
+    r"(?: ± (?P<sd_whole>[\d,]+)(?P<sd_fraction>\.\d+)?)?"
+)
+_INTERVAL = re.compile(r"([-+−][\d.]+ )?\[[-+−][\d.]+, [-+−][\d.]+\]|–|")
+
+
 def _tabular(texts: pd.DataFrame) -> str:
-    number = re.compile(r"[-+−]?[\d.,]+(e[-+]?\d+)?\s*%?(\s*±.*)?|–|")
-    kinds = []
+    kinds, cells = [], []
     for _, column in texts.items():
-        kinds.append("r" if all(number.fullmatch(text) for text in column) else "l")
+        numbers = [_NUMBER.fullmatch(text) for text in column]
+        is_number = None not in numbers
+        kinds.append("r" if is_number or all(map(_INTERVAL.fullmatch, column)) else "l")
         if kinds[-1] == "l" and max(map(len, column), default=0) > 60:
             kinds[-1] = r"p{0.42\linewidth}"
-    cells = texts.map(tex) if len(texts) else texts
-    return cells.set_axis([tex(name) for name in texts.columns], axis=1).to_latex(
-        index=False, escape=False, column_format="".join(kinds)
-    )
+        cells.append(_on_the_point(numbers) if is_number else [tex(text) for text in column])
+    frame = pd.DataFrame(list(zip(*cells, strict=True)), columns=[tex(name) for name in texts.columns], dtype=object)
+    return frame.to_latex(index=False, escape=False, column_format="".join(kinds))
+
+
+def _on_the_point(numbers: list[re.Match]) -> list[str]:
+    """Numbers as LaTeX, padded so that in a column to the right the decimal points of means and of deviations align."""
+    parts = [{name: text or "" for name, text in number.groupdict().items()} for number in numbers]
+    longest = {name: max((part[name] for part in parts), key=len) for name in (parts[0] if parts else ())}
+    lines = []
+    for part in parts:
+        pad = {name: rf"\phantom{{{tex(longest[name][len(text):])}}}" if len(text) < len(longest[name]) else ""
+               for name, text in part.items()}  # fmt: skip
+        line = tex(part["whole"] + part["fraction"] + part["unit"]) + pad["fraction"] + pad["unit"]
+        if part["sd_whole"]:
+            line += f"~±~{pad['sd_whole']}{part['sd_whole']}{part['sd_fraction']}{pad['sd_fraction']}"
+        elif longest["sd_whole"]:
+            line += rf"\phantom{{~±~{longest['sd_whole']}{longest['sd_fraction']}}}"
+        lines.append(line)
+    return lines
 
 
 # --- the exporter ---

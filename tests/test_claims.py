@@ -106,7 +106,7 @@ def test_numbers_are_points_with_their_interval():
     frame = moved(moved(rows(), "scratch", [0.70] * 5), "kd_mean_prob", [0.71, 0.72, 0.73, 0.72, 0.72])
     assert values(frame)["claim/two-teachers"] == (
         "Distillation from both teachers, by the mean of their probabilities, raises the student's test accuracy "
-        "(+2.00 points; 95 % confidence interval +1.12 to +2.88; n = 5; Holm-adjusted p = 0.006)."
+        "(+2.00 points, 95 % CI [+1.12, +2.88], n = 5, Holm-adjusted p = 0.006)."
     )
 
 
