@@ -242,7 +242,7 @@ def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[s
     - `claim/<name>`: the claim's sentence, or sentences
     - `group/<name>`: there for every group of claims that can be made, and `group/study` for any of `STUDY`
     - `better/words`: the single teacher whose students have the higher accuracy on validation images
-    - `words/smoothed`: which student is the control with label smoothing
+    - `words/smoothed`: which student is the control with label smoothing; `words/primary`: how many comparisons
 
     A group other than the core is left out when none of the arms is there that only it speaks of. Raises `UserError`
     naming the claim when an arm of it is missing otherwise, and when no outcome fits its numbers.
@@ -256,6 +256,7 @@ def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[s
         values["group/study"] = "yes"
     with_it = f"which is trained with label smoothing {rows.smoothing:g}"
     values["words/smoothed"] = f"the student from scratch, {with_it}" if rows.smoothing else "a student of its own"
+    values["words/primary"] = {3: "Three", 4: "Four"}[len(adjusted)]
     return values | {"better/words": teacher_words(rows.roles["better"])}
 
 

@@ -208,6 +208,7 @@ def test_the_primary_comparisons_are_corrected_for_their_number():
 def test_label_smoothing_is_a_control_of_its_own_where_the_student_has_none():
     found = values(rows(), label_smoothing=0.0)
     assert "group/smoothing" not in found and "claim/beyond-smoothing" not in found
+    assert (found["words/primary"], values(rows())["words/primary"]) == ("Three", "Four")
     shuffled = {key: value for key, value in STUDY_ARMS.items() if key[1] == "kd_shuffled"}
     found = values(rows(CORE_ARMS | shuffled | {("1", "label_smoothing", "", 30): 0.71}), label_smoothing=0.0)
     assert "more than label smoothing does (+2.0" in found["claim/beyond-smoothing"]
