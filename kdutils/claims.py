@@ -227,7 +227,7 @@ CLAIMS = (
                       "{numbers}, and how much of it distillation from {c} makes up for."),
         "unlabelled", share="kd_unlabelled/*"),
 )  # fmt: skip
-PRIMARY = {  # the claims that were named before there were results, and how a table calls their comparisons
+PRIMARY = {  # the claims that are tests, whatever comes out, and how a table calls their comparisons
     "kd-resnet50": "one teacher, ResNet-50 − from scratch",
     "two-teachers": "two teachers − from scratch",
     "two-better": "two teachers − the better one, {b}",
