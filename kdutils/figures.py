@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from kdutils import metrics
 
 WIDTH = 6.3    # inches: the report's text width
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE = {
     "font.size": 8.5, "axes.titlesize": 9, "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8,
@@ -291,3 +293,205 @@ def _apart(heights, least):
     moved = np.empty_like(placed)
     moved[order] = placed
     return moved
+
+
+# --- where a gain comes from ---
+
+@_styled
+def reliability_diagram(tables):
+    """Accuracy against confidence (%), a line a model with a 95 % band over seeds, above the share of the images
+    in each bin. Only bins in which every seed has images are drawn.
+
+    tables: {label: tables of its seeds, each as of `metrics.reliability`}.
+    """
+    figure = Figure(figsize=(4.6, 4.4))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+    upper.plot([0, 100], [0, 100], color="0.6", linewidth=0.9, linestyle=":")
+    for number, (label, seeds) in enumerate(tables.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        line = ("-", "--", "-.", ":")[number % 4]
+        images, confidence, accuracy = (np.array([table[name] for table in seeds], dtype=float)
+                                        for name in ("images", "confidence", "accuracy"))
+        drawn = (images > 0).all(axis=0)
+        xs = 100 * confidence[:, drawn].mean(axis=0)
+        intervals = [metrics.mean_interval(100 * values) for values in accuracy[:, drawn].T]
+        upper.plot(xs, [found.mean for found in intervals], line, marker=marker, color=colour, label=label)
+        if len(seeds) > 1:
+            upper.fill_between(xs, [found.low for found in intervals], [found.high for found in intervals],
+                               color=colour, alpha=0.18, linewidth=0)
+        middles = 50 * (seeds[0]["low"] + seeds[0]["high"]).to_numpy()
+        shares = 100 * (images / images.sum(axis=1, keepdims=True)).mean(axis=0)
+        lower.plot(middles, shares, line, marker=marker, markersize=3, color=colour)
+    upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy (%)")
+    lower.set(ylim=(0, None), xlabel="confidence (%)", ylabel="images (%)")
+    for axes in (upper, lower):
+        axes.grid()
+    handles, labels = upper.get_legend_handles_labels()
+    handles.append(Line2D([], [], color="0.6", linewidth=0.9, linestyle=":"))
+    upper.legend(handles, [*labels, "as confident as right"], loc="upper left")
+    return figure
+
+
+@_styled
+def setting_map(frame, rows="temperature", columns="alpha", value="val_accuracy"):
+    """Mean validation accuracy (%) of every combination of two settings as a heat map, with its number, the
+    standard deviation over the trial's folds and seeds beneath it, and a frame around the highest mean.
+
+    frame: a row per trained student with the columns named by `rows`, `columns` and `value` (a fraction), as of
+    `sweeps.settings_of_trials`; without a value of either a row is left out, and of a combination that was not
+    tried the cell stays blank.
+    """
+    groups = frame.groupby([rows, columns])[value]
+    means, deviations = 100 * groups.mean().unstack(), 100 * groups.std().unstack()
+    figure = Figure(figsize=(min(WIDTH, 1.5 + 0.78 * means.shape[1]), 0.9 + 0.5 * means.shape[0]))
+    axes = figure.add_subplot()
+    picture = axes.imshow(means, cmap="Blues", aspect="auto", origin="lower")
+    middle = (np.nanmin(means) + np.nanmax(means)) / 2
+    for (row, column), mean in np.ndenumerate(means.to_numpy()):
+        if np.isfinite(mean):
+            deviation = deviations.iloc[row, column]
+            text = f"{mean:.1f}" + (f"\n±{deviation:.1f}" if np.isfinite(deviation) else "")
+            axes.text(column, row, text, ha="center", va="center", fontsize=7,
+                      color="white" if mean > middle + 1e-9 else "black")
+    best = np.unravel_index(np.nanargmax(means), means.shape)
+    axes.add_patch(Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2))
+    symbols = {"alpha": "$\\alpha$: weight of the soft term", "temperature": "temperature $T$"}
+    axes.set_xticks(range(means.shape[1]), [f"{number:g}" for number in means.columns])
+    axes.set_yticks(range(means.shape[0]), [f"{number:g}" for number in means.index])
+    axes.set(xlabel=symbols.get(columns, columns), ylabel=symbols.get(rows, rows))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(picture, ax=axes, label="validation accuracy (%)").outline.set_visible(False)
+    return figure
+
+
+@_styled
+def gain_against_teacher(frame):
+    """A student's gain (points over the student from scratch) against its teacher's accuracy (%): a point per
+    teacher, named, with the intervals of both where they are given.
+
+    frame: a row per teacher with columns label, accuracy (a fraction), gain, low, high (points; nan for no
+    interval) and, for the teacher's own interval, accuracy_low and accuracy_high (fractions).
+    """
+    figure = Figure(figsize=(WIDTH, 3.4))
+    axes = figure.add_subplot()
+    axes.axhline(0, color="0.45", linewidth=0.9)
+    for number, (_, row) in enumerate(frame.iterrows()):
+        colour, accuracy = COLOURS[number % len(COLOURS)], 100 * row["accuracy"]
+        axes.plot([accuracy] * 2, [row["low"], row["high"]], color=colour)
+        if "accuracy_low" in frame:
+            axes.plot([100 * row["accuracy_low"], 100 * row["accuracy_high"]], [row["gain"]] * 2, color=colour)
+        axes.plot(accuracy, row["gain"], MARKERS[number % len(MARKERS)], color=colour, markersize=6, label=row["label"])
+    axes.margins(x=0.12, y=0.12)
+    axes.set(xlabel="test accuracy of the teacher (%)", ylabel="gain of the student (points)")
+    axes.grid()
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+@_styled
+def class_gain(tables):
+    """Difference of the accuracies on each class (points) with its 95 % interval over seeds, one or more arms.
+
+    tables: {label of the arm: table as of `metrics.per_class_difference`, of the same classes in all}.
+    """
+    classes = next(iter(tables.values()))["class"].tolist()
+    figure = Figure(figsize=(WIDTH, 0.8 + (0.16 + 0.13 * len(tables)) * len(classes)))
+    axes = figure.add_subplot()
+    axes.axvline(0, color="0.45", linewidth=0.9)
+    for number, (label, table) in enumerate(tables.items()):
+        places = np.arange(len(classes)) + 0.8 * ((number + 0.5) / len(tables) - 0.5)
+        colour = COLOURS[number % len(COLOURS)]
+        axes.hlines(places, 100 * table["low"], 100 * table["high"], color=colour, linewidth=1.2)
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot(100 * table["mean"], places, marker, color=colour, markersize=4.5, label=label)
+    for place in range(1, len(classes)):
+        axes.axhline(place - 0.5, color="0.9", linewidth=0.6)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(ylim=(len(classes) - 0.5, -0.5), xlabel="difference of accuracies (points)")
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower right", ncols=min(3, len(tables)))
+    return figure
+
+
+@_styled
+def agreement_bars(frame):
+    """Agreement of student and teacher (%) on all test images, on those that the teacher classifies right and on
+    its errors: a bar per arm, the mean over seeds with its 95 % interval.
+
+    frame: a row per arm, seed and part with columns label, part and agreement (a fraction); arms and parts are
+    drawn in the order of the frame.
+    """
+    labels, parts = (list(dict.fromkeys(frame[name])) for name in ("label", "part"))
+    figure = Figure(figsize=(WIDTH, 2.7))
+    axes = figure.add_subplot()
+    width = 0.8 / len(labels)
+    for number, label in enumerate(labels):
+        chosen = frame[frame["label"] == label]
+        places = np.arange(len(parts)) + width * (number + 0.5) - 0.4
+        found = [metrics.mean_interval(100 * chosen.loc[chosen["part"] == part, "agreement"]) for part in parts]
+        means = [each.mean for each in found]
+        axes.bar(places, means, 0.92 * width, color=COLOURS[number % len(COLOURS)], alpha=0.75, edgecolor="black",
+                 linewidth=0.5, hatch=HATCHES[number % len(HATCHES)], label=label)
+        axes.vlines(places, [each.low for each in found], [each.high for each in found], color="black", linewidth=1.2)
+        for place, each in zip(places, found):
+            axes.annotate(f"{each.mean:.0f}", (place, each.high if each.n > 1 else each.mean), xytext=(0, 2),
+                          textcoords="offset points", ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(range(len(parts)), parts)
+    axes.set(ylabel="same prediction (%)", ylim=(0, 108), yticks=range(0, 101, 20))
+    axes.grid(axis="y")
+    axes.tick_params(axis="x", length=0)
+    figure.legend(loc="outside lower center", ncols=min(3, len(labels)))
+    return figure
+
+
+@_styled
+def accuracy_against_epochs(frame):
+    """Accuracy (%) against the number of epochs, a line per arm: means with their 95 % intervals over seeds.
+
+    frame: columns label (the arm), epochs, seed and accuracy (a fraction).
+    """
+    figure = Figure(figsize=(WIDTH, 2.8))
+    axes = figure.add_subplot()
+    budgets = sorted(set(frame["epochs"]))
+    labels = list(dict.fromkeys(frame["label"]))
+    for number, label in enumerate(labels):
+        chosen = frame[frame["label"] == label]
+        colour, shift = COLOURS[number % len(COLOURS)], 0.06 * (number - (len(labels) - 1) / 2)
+        tried = [epochs for epochs in budgets if epochs in set(chosen["epochs"])]
+        found = [metrics.mean_interval(100 * chosen.loc[chosen["epochs"] == epochs, "accuracy"]) for epochs in tried]
+        places = [budgets.index(epochs) + shift for epochs in tried]
+        axes.vlines(places, [each.low for each in found], [each.high for each in found], color=colour, linewidth=1.4)
+        axes.plot(places, [each.mean for each in found], marker=MARKERS[number % len(MARKERS)], markersize=5,
+                  linestyle=("-", "--", "-.", ":")[number % 4], color=colour, label=label)
+    axes.set_xticks(range(len(budgets)), [f"{epochs:,}" for epochs in budgets])
+    axes.set(xlabel="epochs", ylabel="accuracy (%)", xlim=(-0.4, len(budgets) - 0.6))
+    axes.grid(axis="y")
+    axes.margins(y=0.1)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+@_styled
+def disagreement_gallery(split, classes, right_a, right_b, names, columns=8, rows=2):
+    """Test images that most seeds of one arm classify right and most seeds of the other wrong, and the other way
+    round: above those that only the first gets right, below those that only the second does.
+
+    split: `images` uint8 [N, 3, H, W] and `labels` int64 [N]; right_a, right_b: bool [S, N], a row a seed; names:
+    how the two arms are called. Shown are the images with the greatest difference of seeds, in their order in
+    the data where these are equal; each title is the true class, each heading how many images there are.
+    """
+    shares = [torch.as_tensor(right).cpu().double().mean(dim=0) for right in (right_a, right_b)]
+    figure = Figure(figsize=(WIDTH, 2 * (0.3 + rows * (WIDTH / columns + 0.08))))
+    for part, first, second, (one, other) in zip(figure.subfigures(2, 1), shares, shares[::-1], (names, names[::-1])):
+        chosen = ((first > 0.5) & (second < 0.5)).nonzero().flatten()
+        order = (second - first)[chosen].argsort(stable=True)
+        part.suptitle(f"right: {one}, wrong: {other} ({len(chosen):,} of {len(first):,} images)", fontsize=9)
+        panels = list(part.subplots(rows, columns, squeeze=False).flat)
+        for axes in panels:
+            axes.axis("off")
+        for axes, number in zip(panels, chosen[order].tolist()):
+            axes.imshow(split.images[number].cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set_title(classes[int(split.labels[number])], fontsize=7, pad=2)
+    return figure

@@ -9,6 +9,7 @@ import statistics
 import time
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -49,14 +50,31 @@ def ece(logits, labels, bins=15):
 
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
     """
+    confidence, right, bin_of = _by_confidence(logits, labels, bins)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, right - confidence)
+    return gaps.abs().sum().item() / len(labels)
+
+
+def reliability(logits, labels, bins=15):
+    """What a reliability diagram shows, a row for each bin of `ece`: low and high (its edges), confidence and
+    accuracy (means of its images, in [0, 1]; nan without any) and images (their number)."""
+    confidence, right, bin_of = _by_confidence(logits, labels, bins)
+    images = torch.bincount(bin_of, minlength=bins)
+    sums = [torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, of) for of in (confidence, right)]
+    return pd.DataFrame({
+        "low": [i / bins for i in range(bins)], "high": [(i + 1) / bins for i in range(bins)],
+        "confidence": (sums[0] / images).tolist(), "accuracy": (sums[1] / images).tolist(),
+        "images": images.tolist(),
+    })
+
+
+def _by_confidence(logits, labels, bins):
+    """Confidence and 0 or 1 for right, float64 [N], and the number of the bin, int64 [N]."""
     logits, labels = _checked(logits, labels)
     if bins < 1:
         raise ValueError(f"bins must be >= 1, not {bins}")
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
-    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.float64)
-    gaps.index_add_(0, bin_of, (predicted == labels).double() - confidence)
-    return gaps.abs().sum().item() / len(labels)
+    return confidence, (predicted == labels).double(), (confidence * bins).ceil().long().clamp(1, bins) - 1
 
 
 def evaluate(logits, labels):
@@ -69,15 +87,51 @@ def predictive_entropy(logits):
     return torch.special.entr(_checked(logits).softmax(dim=1)).sum(dim=1).mean().item()
 
 
+def correct(logits, labels):
+    """Which images are classified right: bool [N]."""
+    logits, labels = _checked(logits, labels)
+    return logits.argmax(dim=1) == labels
+
+
+def mean_probabilities(logits):
+    """Logits float64 [N, C] whose softmax is the mean of the softmaxes of `logits`, a list of [N, C]: one for each
+    view of the images, say."""
+    logs = torch.stack([_checked(of_view).log_softmax(dim=1) for of_view in logits])
+    return logs.logsumexp(dim=0) - math.log(len(logs))
+
+
 def agreement(logits_a, logits_b):
     """Share of images on which two models predict the same class, in [0, 1], right or wrong.
 
     Top-1 agreement in Stanton et al., Does Knowledge Distillation Really Work?, NeurIPS 2021.
     """
+    logits_a, logits_b = _checked_pair(logits_a, logits_b)
+    return (logits_a.argmax(dim=1) == logits_b.argmax(dim=1)).double().mean().item()
+
+
+def agreement_by_teacher(student_logits, teacher_logits, labels):
+    """`agreement` of student and teacher on the images that the teacher classifies right, and on the others:
+    {"teacher_right", "teacher_wrong"}; nan where there are none. A student that learns only what the teacher
+    knows agrees with its errors no more than one that never saw it."""
+    student, teacher = _checked_pair(student_logits, teacher_logits)
+    same, right = student.argmax(dim=1) == teacher.argmax(dim=1), correct(teacher, labels)
+    return {"teacher_right": same[right].double().mean().item(), "teacher_wrong": same[~right].double().mean().item()}
+
+
+def fidelity(student_logits, teacher_logits):
+    """KL(softmax(teacher) || softmax(student)) in nats, mean over images: 0 if they say the same of every image.
+
+    On held-out images, as in Stanton et al., Does Knowledge Distillation Really Work?, NeurIPS 2021.
+    """
+    student, teacher = (of.log_softmax(dim=1) for of in _checked_pair(student_logits, teacher_logits))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True).item()
+
+
+def _checked_pair(logits_a, logits_b):
     logits_a, logits_b = _checked(logits_a), _checked(logits_b)
     if logits_a.shape != logits_b.shape:
         raise ValueError(f"shapes differ: {list(logits_a.shape)} and {list(logits_b.shape)}")
-    return (logits_a.argmax(dim=1) == logits_b.argmax(dim=1)).double().mean().item()
+    return logits_a, logits_b
 
 
 def confusion_matrix(logits, labels):
@@ -158,16 +212,91 @@ def paired_difference(a, b, confidence=0.95):
     return mean_interval([x - y for x, y in zip(a, b)], confidence)
 
 
-def verdict(difference):
-    """What a `Difference` lets one say: "higher" or "lower" when its interval excludes zero, else
-    "not separable", or "too few seeds" when there is no interval."""
-    if difference.n < 2:
+def paired_p_value(a, b):
+    """Two-sided p-value of Student's paired t-test: how probable differences so far from zero would be if there
+    were none, from 0 to 1; nan for a single seed. It is below 0.05 when the 95 % interval excludes zero."""
+    mean, low, high, n = paired_difference(a, b)
+    if n < 2:
+        return math.nan
+    half = (high - low) / 2
+    if half == 0:
+        return float(mean == 0)
+    return 1 - _t_central(math.atan(abs(mean) / half * t_quantile(0.975, n - 1) / math.sqrt(n - 1)), n - 1)
+
+
+def holm(p_values):
+    """p-values adjusted for their number, in the given order: each is at least the given one and at most 1. nan,
+    of a comparison that could not be made, stays nan and does not count.
+
+    Calling a difference real where it is below 0.05 errs in any of the comparisons with probability 0.05 at most.
+    Holm: A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6, 1979.
+    """
+    adjusted, least = [math.nan] * len(p_values), 0.0
+    made = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    for rank, (p, place) in enumerate(made):
+        least = max(least, min(1.0, (len(made) - rank) * p))
+        adjusted[place] = least
+    return adjusted
+
+
+def bootstrap_difference(right_a, right_b, resamples=2000, seed=0, confidence=0.95):
+    """`Difference` of the accuracies of two arms, a - b, in [-1, 1], over test images: mean over all seeds and
+    images, and the percentile interval of that mean over `resamples` draws of the images, with replacement.
+
+    right_a, right_b: which images the runs of each arm classify right, bool [S, N], one row a seed; `n` is N.
+    Every draw takes the same images for both arms and all seeds, so the interval tells what other test images
+    would change, and nothing of other seeds: the complement of `paired_difference`.
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+
+    Raises ValueError for shapes that differ or are not [S, N].
+    """
+    right_a, right_b = (np.asarray(right, dtype=float) for right in (right_a, right_b))
+    if right_a.shape != right_b.shape or right_a.ndim != 2 or right_a.size == 0:
+        raise ValueError(f"needs the same seeds and images of both: [S, N], not {right_a.shape} and {right_b.shape}")
+    seeds, images = right_a.shape
+    # An image counts by the sum of its differences over seeds alone, which takes 2 S + 1 values at most: to draw
+    # images is to draw how many have each value.
+    values, counts = np.unique((right_a - right_b).sum(axis=0), return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(images, counts / images, size=resamples)
+    means = draws @ values / (images * seeds)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Difference(float(counts @ values / (images * seeds)), float(low), float(high), images)
+
+
+def per_class_difference(right_a, right_b, labels, classes):
+    """Table of one row per class: class, mean, low, high: the difference of two arms' accuracies (a - b) on its
+    images, with the paired t-interval over seeds (nan for one seed).
+
+    right_a, right_b: bool [S, N], one row a seed; a class without images raises ValueError.
+    """
+    right_a, right_b, labels = (torch.as_tensor(part).cpu() for part in (right_a, right_b, labels))
+    rows = []
+    for number, name in enumerate(classes):
+        of_class = labels == number
+        if not of_class.any():
+            raise ValueError(f"there are no images of the class {name}")
+        found = paired_difference(*(right[:, of_class].double().mean(dim=1).tolist() for right in (right_a, right_b)))
+        rows.append({"class": name, "mean": found.mean, "low": found.low, "high": found.high})
+    return pd.DataFrame(rows)
+
+
+OUTCOMES = ("helps", "hurts", "equivalent", "not separable", "too few seeds")
+
+
+def outcome(difference, margin):
+    """What a `Difference` lets one say, one of `OUTCOMES`: "helps" or "hurts" when its interval excludes zero; else
+    "equivalent" when the interval lies within [-margin, margin], "not separable" when it does not; "too few seeds"
+    without an interval. Raises ValueError for a difference that is not a number."""
+    mean, low, high, n = difference
+    if math.isnan(mean) or (n > 1 and not low <= high):
+        raise ValueError(f"a difference of {mean} with the interval {low} to {high}")
+    if n < 2:
         return "too few seeds"
-    if difference.low > 0:
-        return "higher"
-    if difference.high < 0:
-        return "lower"
-    return "not separable"
+    if low > 0:
+        return "helps"
+    if high < 0:
+        return "hurts"
+    return "equivalent" if -margin <= low and high <= margin else "not separable"
 
 
 def t_quantile(probability, df):

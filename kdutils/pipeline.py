@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from kdutils import report
+from kdutils.claims import claim_values
 from kdutils.data import load_data
 from kdutils.metrics import parameter_count
 from kdutils.models import SmallCNN
@@ -143,7 +144,7 @@ def export(settings: Settings, out: Path) -> Path:
     report.export_notebooks(notebooks, generated)
     for name in ("results.csv", "provenance.json", "timings.csv"):
         shutil.copyfile(settings.run_folder / name, generated / name)
-    report.write_macros(report.result_values(results, provenance) | report_words(provenance), generated)
+    report.write_macros(macros(results, provenance), generated)
     if out == report.REPORT:
         for path in notebooks:
             _copy_notebook(path, out / "notebooks" / path.name)
@@ -153,6 +154,11 @@ def export(settings: Settings, out: Path) -> Path:
                 save_logits(arch, dataset, settings, out / "teachers")
         report.update_readme(ROOT / "README.md", report.results_table(results), readme_note(provenance))
     return generated
+
+
+def macros(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """All that report.tex reads by name: numbers, settings, claims, and words about data and weights."""
+    return report.result_values(results, provenance) | claim_values(results, provenance) | report_words(provenance)
 
 
 def typeset(generated: Path, pdf: Path) -> Path:
@@ -184,10 +190,24 @@ def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
     ]
     about_weights = f"Stand-in weights in place of ImageNet's. {'; '.join(standins)}." if standins else ""
     words = {"notice/data": about_data, "notice/weights": about_weights}
+    words |= _limits(data, any(facts["is_standin"] for facts in weights.values()))
     words["student/parameters"] = f"{parameter_count(SmallCNN()):,}"
     views = {facts["views_trained"] for facts in weights.values()}
     words["words/teacher_views"] = " or ".join(f"{count} view{'s' * (count > 1)}" for count in sorted(views))
     return words | {f"{arch}/weights-words": facts["description"] for arch, facts in weights.items()}
+
+
+def _limits(data: Mapping[str, Any], has_standins: bool) -> dict[str, str]:
+    """What the report's limitations say of data and weights that are not those of the assignment; else empty."""
+    about_data = f"{data['name']} is not CIFAR-10 itself, and numbers reported for that do not compare with these."
+    if "jpeg" in data["name"].lower():
+        about_data += " JPEG loses fine detail, of which such small images have little to spare."
+    about_weights = (
+        "The teachers were pre-trained on other images than ImageNet's and may know less than the ResNets whose names "
+        "they bear. What distillation gives with ImageNet's weights, these numbers do not tell."
+    )
+    is_original = data["is_cifar10"] and not data["is_generated"]
+    return {"limits/data": "" if is_original else about_data, "limits/weights": about_weights if has_standins else ""}
 
 
 def readme_note(provenance: Mapping[str, Any]) -> str:

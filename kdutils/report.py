@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import itertools
 import math
 import os
 import re
@@ -26,9 +25,9 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from kdutils import metrics
+from kdutils.results import LONG, at_budget
 from kdutils.runs import write_atomically, write_text
-from kdutils.settings import ROOT, UserError, shown_path
+from kdutils.settings import ARCHITECTURES, ROOT, UserError, shown_path
 
 if TYPE_CHECKING:
     import nbformat
@@ -56,16 +55,18 @@ ARMS = {
     "kd_mean_prob": "student distilled, mean of probabilities",
     "kd_mean_logit": "student distilled, mean of logits",
     "kd_confidence": "student distilled, weighted by confidence",
+    "no_label_smoothing": "student from scratch, no label smoothing",
+    "scratch_earlier_recipe": "student from scratch, earlier recipe",
+    "earlier_recipe_longer": "student from scratch, earlier recipe twice",
+    "kd_warm_start": "student distilled after the earlier recipe",
+    "kd_shuffled": "student distilled, soft labels shuffled within classes",
+    "dkd": "student distilled, DKD", "dist": "student distilled, DIST",
+    "kd_standardized": "student distilled, logits standardised",
+    "kd_unlabelled": "student distilled, unlabelled images too",
+    "scratch_all_labels": "student from scratch, all labels",
     "last_layer": "last layer fine-tuned", "last_block": "last block and last layer fine-tuned",
     "all": "whole network trained",
 }  # fmt: skip
-VERDICTS = {  # metrics.verdict -> what an arm does to the accuracy, how it compares
-    "higher": ("raises", "higher than"),
-    "lower": ("lowers", "lower than"),
-    "not separable": ("does not measurably change", "not measurably different from"),
-    "too few seeds": ("was run with too few seeds to tell if it changes", "of too few seeds to be told from"),
-}
-
 _SPECIAL = {character: f"\\{character}" for character in "{}$&%#_"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}",
@@ -95,7 +96,7 @@ def tex(text: Any) -> str:
     """Any text as LaTeX that prints that text; what pdfLaTeX has no glyph for appears as its code point."""
     text = unicodedata.normalize("NFC", " ".join(str(text).split()))
     text = "".join(_SPECIAL.get(character, character) for character in text).replace("--", "-{}-")
-    return re.sub(r"[^\x20-\x7e]", _beyond_ascii, text).replace(" ± ", "~±~")
+    return re.sub(r"[^\x20-\x7e]", _beyond_ascii, text).replace(" ± ", "~±~").replace(r" \%", r"~\%")
 
 
 # --- in a notebook ---
@@ -161,17 +162,41 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if float(value).is_integer() and not isinstance(value, float) else f"{value:.3f}"
 
 
+_NUMBER = re.compile(
+    r"(?P<whole>(< )?[-+−]?[\d,]+|–|)(?P<fraction>\.\d+)?(?P<unit>e[-+]?\d+|\s*%)?"
+    r"(?: ± (?P<sd_whole>[\d,]+)(?P<sd_fraction>\.\d+)?)?"
+)
+_INTERVAL = re.compile(r"([-+−][\d.]+ )?\[[-+−][\d.]+, [-+−][\d.]+\]|–|")
+
+
 def _tabular(texts: pd.DataFrame) -> str:
-    number = re.compile(r"[-+−]?[\d.,]+(e[-+]?\d+)?\s*%?(\s*±.*)?|–|")
-    kinds = []
+    kinds, cells = [], []
     for _, column in texts.items():
-        kinds.append("r" if all(number.fullmatch(text) for text in column) else "l")
+        numbers = [_NUMBER.fullmatch(text) for text in column]
+        is_number = None not in numbers
+        kinds.append("r" if is_number or all(map(_INTERVAL.fullmatch, column)) else "l")
         if kinds[-1] == "l" and max(map(len, column), default=0) > 60:
             kinds[-1] = r"p{0.42\linewidth}"
-    cells = texts.map(tex) if len(texts) else texts
-    return cells.set_axis([tex(name) for name in texts.columns], axis=1).to_latex(
-        index=False, escape=False, column_format="".join(kinds)
-    )
+        cells.append(_on_the_point(numbers) if is_number else [tex(text) for text in column])
+    frame = pd.DataFrame(list(zip(*cells, strict=True)), columns=[tex(name) for name in texts.columns], dtype=object)
+    return frame.to_latex(index=False, escape=False, column_format="".join(kinds))
+
+
+def _on_the_point(numbers: list[re.Match]) -> list[str]:
+    """Numbers as LaTeX, padded so that in a column to the right the decimal points of means and of deviations align."""
+    parts = [{name: text or "" for name, text in number.groupdict().items()} for number in numbers]
+    longest = {name: max((part[name] for part in parts), key=len) for name in (parts[0] if parts else ())}
+    lines = []
+    for part in parts:
+        pad = {name: rf"\phantom{{{tex(longest[name][len(text):])}}}" if len(text) < len(longest[name]) else ""
+               for name, text in part.items()}  # fmt: skip
+        line = tex(part["whole"] + part["fraction"] + part["unit"]) + pad["fraction"] + pad["unit"]
+        if part["sd_whole"]:
+            line += f"~±~{pad['sd_whole']}{part['sd_whole']}{part['sd_fraction']}{pad['sd_fraction']}"
+        elif longest["sd_whole"]:
+            line += rf"\phantom{{~±~{longest['sd_whole']}{longest['sd_fraction']}}}"
+        lines.append(line)
+    return lines
 
 
 # --- the exporter ---
@@ -262,31 +287,52 @@ def write_macros(values: Mapping[str, str], out: Path) -> None:
 def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
     """What report.tex's prose is made of: key -> text, from the rows of results.csv and the provenance.
 
-    - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}`; the models of task 2 also as `teacher/...`
-    - `diff/<a>/<b>/{points,ci,verdict,compared}`: test accuracy of a minus b, in points, of every two arms;
-      students are paired by seed, and only between students are there `ci`, `verdict` and `compared`
-    - `best/{words,pm}`: the student of the highest mean test accuracy
+    - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}`, at the report's budget; `long/...` and `extra/...` at
+      the others (see `at_budget`); the teachers of tasks 3 and 4 also as `teacher/<arch>/...`
+    - `gap/<arch>`: test accuracy of a teacher minus that of the student from scratch, in points, of means
+    - `best/{words,pm}`: the student of the highest mean test accuracy at the report's budget
     - `settings/...` and all else in the provenance, by its path; `words/...`: counts with their nouns
     """
-    results = _normal(results)
-    everything = pd.concat([results, results[results.task == "2"].assign(arm="teacher")])
-    values = _flat(provenance) | _setting_words(provenance.get("settings", {}))
-    for keys, rows in everything.groupby(["arm", "teachers", "split", "metric"]):
+    settings = provenance.get("settings", {})
+    values = _flat(provenance) | _setting_words(settings)
+    for which in ("", LONG, "extra"):
+        rows = at_budget(results, which, settings.get("epochs"))
+        if which == LONG and len(rows):
+            values["words/long_epochs"] = _count(int(rows.epochs.iloc[0]), "epoch")
+        values |= _row_values(with_teachers(rows, settings), which)
+    main = at_budget(results, "", settings.get("epochs"))
+    accuracy = main[(main.split == "test") & (main.metric == "accuracy") & ~main.task.isin(("2", "extra"))]
+    arms = {keys: rows.value for keys, rows in accuracy.groupby(["arm", "teachers"])}
+    if arms:
+        best = max(arms, key=lambda keys: arms[keys].mean())
+        values |= {"best/words": _arm_words(*best), "best/pm": _spread(arms[best], True)["pm"]}
+    teachers = with_teachers(main, settings)
+    teachers = teachers[(teachers.arm == "teacher") & (teachers.split == "test") & (teachers.metric == "accuracy")]
+    if ("scratch", "") in arms:
+        gaps = 100 * (teachers.groupby("teachers").value.mean() - arms["scratch", ""].mean())
+        values |= {f"gap/{arch}": signed(points) for arch, points in gaps.items()}
+    return values
+
+
+def with_teachers(rows: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows, and once more as of the arm `teacher` those of the ResNets that teach, not of their other variants."""
+    tuned = rows[rows.task == "2"]
+    only_one = tuned.groupby("teachers").arm.transform("nunique") == 1
+    part = tuned.teachers.map({arch: trained_part(arch, settings) for arch in ARCHITECTURES})
+    return pd.concat([rows, tuned[only_one | (tuned.arm == part)].assign(arm="teacher")])
+
+
+def trained_part(arch: str, settings: Mapping[str, Any]) -> str:
+    """Which part of a ResNet the settings want trained, as the arms of task 2 are named; empty if they do not say."""
+    return "all" if settings.get("weights") == "none" else settings.get(f"{arch}_trainable", "")
+
+
+def _row_values(rows: pd.DataFrame, which: str) -> dict[str, str]:
+    values = {}
+    for keys, group in rows.groupby(["arm", "teachers", "split", "metric"]):
         per_cent = "accuracy" in keys[-1] or keys[-1].startswith("agreement")
-        values |= {f"{'/'.join(keys)}/{name}": text for name, text in _spread(rows.value, per_cent).items()}
-    accuracy = everything[(everything.split == "test") & (everything.metric == "accuracy")]
-    arms = {
-        "/".join(filter(None, keys)): rows.set_index("seed").value
-        for keys, rows in accuracy.groupby(["arm", "teachers"])
-    }
-    pairs = accuracy[~accuracy.task.eq("2")][["arm", "teachers"]].drop_duplicates().values
-    students = {"/".join(filter(None, pair)): pair for pair in pairs}
-    for a, b in itertools.permutations(arms, 2):
-        found = _difference(100 * arms[a], 100 * arms[b], paired=a in students and b in students)
-        values |= {f"diff/{a}/{b}/{name}": text for name, text in found.items()}
-    if students:
-        best = max(students, key=lambda label: arms[label].mean())
-        values |= {"best/words": _arm_words(*students[best]), "best/pm": _spread(arms[best], True)["pm"]}
+        path = "/".join([which, *keys] if which else keys)
+        values |= {f"{path}/{name}": text for name, text in _spread(group.value, per_cent).items()}
     return values
 
 
@@ -303,24 +349,9 @@ def _spread(column: pd.Series, per_cent: bool) -> dict[str, str]:
     return known | {"sd": f"{sd:.{decimals}f}", "pm": f"{mean:.{decimals}f} ± {sd:.{decimals}f}"}
 
 
-def _difference(a: pd.Series, b: pd.Series, paired: bool) -> dict[str, str]:
-    if not paired:
-        return {"points": _signed(a.mean() - b.mean())}
-    seeds = a.index.intersection(b.index)
-    if seeds.empty:
-        mean, ci, verdict = a.mean() - b.mean(), "none", "too few seeds"
-    else:
-        found = metrics.paired_difference(a[seeds].to_numpy(), b[seeds].to_numpy())
-        mean, low, high, _ = found
-        verdict = metrics.verdict(found)
-        finite = math.isfinite(low) and math.isfinite(high)
-        ci = f"{_signed(low)} to {_signed(high)}" if finite else "none, too few seeds"
-    effect, compared = VERDICTS[verdict]
-    return {"points": _signed(mean), "ci": ci, "verdict": effect, "compared": compared}
-
-
-def _signed(number: float) -> str:
-    return f"{round(number, 2) + 0.0:+.2f}".replace("-", "−")
+def signed(number: float, decimals: int = 2) -> str:
+    """A difference as text, always with its sign."""
+    return f"{round(number, decimals) + 0.0:+.{decimals}f}".replace("-", "−")
 
 
 def _count(number: int, noun: str) -> str:
@@ -357,23 +388,23 @@ def _setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
     if {"max_shift", "shift_step"} <= settings.keys():
         shifts = 2 * settings["max_shift"] // settings["shift_step"] + 1
         words["words/views"] = _count(2 * shifts**2, "view")
-    for arch in ("resnet50", "resnet18"):
+    for arch in ARCHITECTURES:
         if f"{arch}_trainable" in settings:
-            part = "all" if settings.get("weights") == "none" else settings[f"{arch}_trainable"]
-            words[f"{arch}/trainable-words"] = WORDS[part]
+            words[f"{arch}/trainable-words"] = WORDS[trained_part(arch, settings)]
     return words
 
 
 # --- the results table ---
 
 
-def _teacher_words(teachers: str) -> str:
+def teacher_words(teachers: str) -> str:
+    """The teachers of an arm, named in results.csv, in words."""
     return " + ".join(WORDS.get(name, name) for name in teachers.split("+"))
 
 
 def _arm_words(arm: str, teachers: str = "") -> str:
     words = ARMS.get(arm, arm.replace("_", " "))
-    return f"{words} ({_teacher_words(teachers)})" if teachers else words
+    return f"{words} ({teacher_words(teachers)})" if teachers else words
 
 
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -387,12 +418,12 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
         by = {metric: column.value for metric, column in group.groupby("metric")}
         model = ARMS.get(arm, arm.replace("_", " "))
         if task == "2":
-            model, teachers = f"{_teacher_words(teachers)}, {model}", ""
+            model, teachers = f"{teacher_words(teachers)}, {model}", ""
         accuracy = _spread(by["accuracy"], per_cent=True)
         rows.append({
             "Task": task,
             "Model": model[:1].upper() + model[1:],
-            "Teachers": _teacher_words(teachers) or "–",
+            "Teachers": teacher_words(teachers) or "–",
             **{name.capitalize(): _value(value) for name, value in zip(varying, keys[3:], strict=True)},
             "Test accuracy (%)": accuracy["pm"],
             "Seeds": accuracy["n"],

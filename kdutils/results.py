@@ -1,11 +1,13 @@
 """What trained models scored: rows for `results.csv`, the numbers behind the tables, the notes on data and weights."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from kdutils import metrics
@@ -15,8 +17,10 @@ from kdutils.runs import artefact, record
 from kdutils.settings import Settings, UserError, shown_path
 from kdutils.students import StudentRun, describe_builder
 from kdutils.teachers import Teacher, TeacherRun
+from kdutils.training import predict
 
 PARTS = ("train", "val", "test")
+LONG = "long"
 Scores = dict[tuple[str, str], float]
 
 
@@ -34,13 +38,18 @@ def scores(run: StudentRun | TeacherRun, dataset: Dataset) -> Scores:
 def student_rows(
     task: int, runs: Sequence[StudentRun], dataset: Dataset, settings: Settings, teachers: Sequence[Teacher] = ()
 ) -> list[dict]:
-    """Tidy rows of one arm, all seeds; with its agreement with each of the teachers on test images."""
+    """Tidy rows of one arm, all seeds: its scores, those of test-time flipping (`accuracy_flip`), and on test images
+    how it follows each of the teachers (`agreement_<arch>`, of which the teacher is right or wrong, and the
+    divergence `kl_<arch>`)."""
     rows = []
-    for run in runs:
-        found = scores(run, dataset)
+    for run, flipped in zip(runs, flip_column(runs, dataset, settings), strict=True):
+        found = scores(run, dataset) | {("test", "accuracy_flip"): flipped}
         for teacher in teachers:
-            agreement = metrics.agreement(run.logits["test"], teacher.run_for(run.seed).logits["test"])
-            found["test", f"agreement_{teacher.arch}"] = agreement
+            pair = run.logits["test"], teacher.run_for(run.seed).logits["test"]
+            split = metrics.agreement_by_teacher(*pair, dataset.test.labels)
+            found["test", f"agreement_{teacher.arch}"] = metrics.agreement(*pair)
+            found |= {("test", f"agreement_{teacher.arch}_{part}"): share for part, share in split.items()}
+            found["test", f"kl_{teacher.arch}"] = metrics.fidelity(*pair)
         rows += _rows(task, run.arm, run.teachers, settings.epochs, run.seed, found, settings)
     return rows
 
@@ -63,6 +72,7 @@ def _rows(task, arm, teachers, epochs, seed, found: Scores, settings: Settings) 
     return [
         {**fixed, "split": part, "metric": metric, "value": f"{value:.6f}"}
         for (part, metric), value in sorted(found.items())
+        if not math.isnan(value)  # a teacher that is never wrong has no errors to agree with
     ]
 
 
@@ -74,6 +84,22 @@ def column(runs: Sequence[StudentRun | TeacherRun], dataset: Dataset, part: str,
         "macro_f1": lambda logits, labels: metrics.macro_scores(logits, labels)["f1"],
     }[metric]  # fmt: skip
     return [measure(run.logits[part], getattr(dataset, part).labels) for run in runs]
+
+
+def flip_column(runs: Sequence[StudentRun], dataset: Dataset, settings: Settings) -> list[float]:
+    """Test accuracy of every run when it sees each image and its mirror image and its probabilities are averaged."""
+    mirrored = normalise(dataset.test.images.flip(3))
+    networks = [run.network().to(mirrored.device) for run in runs]
+    of_mirrored = [predict(network, mirrored, settings.precision) for network in networks]
+    return [
+        metrics.accuracy(metrics.mean_probabilities([run.logits["test"], other]), dataset.test.labels)
+        for run, other in zip(runs, of_mirrored, strict=True)
+    ]
+
+
+def right(runs: Sequence[StudentRun | TeacherRun], dataset: Dataset) -> Tensor:
+    """Which test images each run classifies right: bool [runs, N]."""
+    return torch.stack([metrics.correct(run.logits["test"], dataset.test.labels) for run in runs])
 
 
 def spread(values: Sequence[float], percent: bool = False) -> str:
@@ -89,7 +115,7 @@ def comparison(
     baseline: Sequence[StudentRun] | None = None,
 ) -> pd.DataFrame:
     """One line a model: accuracies in per cent (mean ± sd over seeds), mean test NLL and ECE; with a baseline, also the
-    paired difference of test accuracy to it, in points, with its 95 % confidence interval."""
+    difference of test accuracy to it, in points, with two 95 % intervals: over seeds, and over test images."""
     lines = []
     for label, runs in entries:
         line = {
@@ -104,16 +130,23 @@ def comparison(
         if baseline is not None:
             is_student = isinstance(runs[0], StudentRun) and runs is not baseline
             line["Difference"] = difference_text(runs, baseline, dataset) if is_student else "–"
+            line["Over images"] = bootstrap_text(runs, baseline, dataset) if is_student else "–"
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def difference_text(runs: Sequence[StudentRun], baseline: Sequence[StudentRun], dataset: Dataset) -> str:
-    """Paired difference of test accuracies in points, with its 95 % confidence interval."""
+    """Paired difference of test accuracies in points, with its 95 % confidence interval over seeds."""
     pairs = [[100 * value for value in column(r, dataset, "test", "accuracy")] for r in (runs, baseline)]
     found = metrics.paired_difference(*pairs)
     interval = f" [{found.low:+.2f}, {found.high:+.2f}]" if found.n > 1 else " (one seed)"
     return f"{found.mean:+.2f}{interval}".replace("-", "−")
+
+
+def bootstrap_text(runs: Sequence[StudentRun], baseline: Sequence[StudentRun], dataset: Dataset) -> str:
+    """The 95 % interval of the same difference, in points, over draws of the test images."""
+    found = metrics.bootstrap_difference(*(right(r, dataset).cpu().numpy() for r in (runs, baseline)))
+    return f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]".replace("-", "−")
 
 
 def note(dataset: Dataset, *teachers: Teacher) -> str:
@@ -188,6 +221,34 @@ def read_results(folder: Path) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"results: there is no {shown_path(path)}; run the notebooks first (python -m kdutils run)")
     return pd.read_csv(path, keep_default_na=False, dtype={"task": str})
+
+
+def at_budget(results: pd.DataFrame, which: str, epochs: int | None) -> pd.DataFrame:
+    """The rows of results.csv at one budget, so that an arm and its teachers name at most one set of runs.
+
+    which: "" for the report's budget, `epochs`, or the only one an arm had (a fine-tuning's, say); `LONG` for the
+    longest the student from scratch had, if that is longer; "extra" for the rows of the task `extra`.
+    Raises `UserError` for an arm that was run at several budgets of which none is the report's.
+    """
+    results = results.assign(teachers=results.teachers.fillna(""), task=results.task.astype(str))
+    is_extra = results.task == "extra"
+    if which == "extra":
+        return results[is_extra]
+    if which == LONG:
+        longest = results[~is_extra & (results.arm == "scratch")].epochs.max()
+        return results[~is_extra & (results.epochs == longest) & (epochs is not None and longest > epochs)]
+    results = results[~is_extra | is_extra.groupby([results.arm, results.teachers]).transform("all")]
+    several = results.groupby(["arm", "teachers"]).epochs.transform("nunique") > 1
+    at_epochs = results.epochs == epochs
+    unclear = results[several & ~at_epochs.groupby([results.arm, results.teachers]).transform("any")]
+    if len(unclear):
+        arm, teachers = unclear.iloc[0][["arm", "teachers"]]
+        budgets = sorted(unclear[(unclear.arm == arm) & (unclear.teachers == teachers)].epochs.unique().tolist())
+        raise UserError(
+            f"results: the arm {'/'.join(filter(None, (arm, teachers)))} was run for {budgets} epochs, and none of "
+            f"them is the report's {epochs}; run it with that, too"
+        )
+    return results[~several | at_epochs]
 
 
 def accuracy_frame(arms: dict[str, Sequence[StudentRun | TeacherRun]], dataset: Dataset) -> pd.DataFrame:

@@ -241,6 +241,13 @@ def grid_map(frame: pd.DataFrame, rows: str, columns: str) -> pd.DataFrame:
     return pd.DataFrame(points).pivot_table(index=rows, columns=columns, values="val_accuracy")
 
 
+def settings_of_trials(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a column for every numeric setting that a trial's name gives (nan where it gives none)."""
+    given = frame.trial.str.extractall(r"(?:^|, )(?P<name>\w+) = (?P<value>[-+.\de]+)(?=, |$)").reset_index(level=0)
+    given = given.set_axis(["row", "name", "value"], axis=1).assign(value=lambda found: found.value.astype(float))
+    return frame.join(given.pivot(index="row", columns="name", values="value"))
+
+
 def sweep_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One line a trial: validation accuracy (mean ± sd over folds and seeds) and the paired difference to the first."""
     lines = []

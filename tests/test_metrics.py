@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,6 +63,38 @@ def test_agreement(four):
     assert metrics.agreement(logits, torch.tensor([[1.0, 0, 0]] * 4)) == 0.75
 
 
+def test_agreement_on_what_the_teacher_gets_right_and_wrong(four):
+    student, labels = four
+    teacher = torch.eye(3)[[0, 1, 1, 0]]  # right, right, right, wrong; the student says 0, 0, 1, 0
+    assert metrics.agreement_by_teacher(student, teacher, labels) == {"teacher_right": 2 / 3, "teacher_wrong": 1}
+    never_wrong = metrics.agreement_by_teacher(student, torch.eye(3)[labels], labels)
+    assert never_wrong["teacher_right"] == 0.5 and math.isnan(never_wrong["teacher_wrong"])
+
+
+def test_fidelity_is_the_divergence_from_the_teacher():
+    teacher, student = logits_of([[0.5, 0.5], [1.0, 0.0]]), logits_of([[0.25, 0.75], [0.5, 0.5]])
+    by_hand = (0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75) + math.log(1 / 0.5)) / 2
+    assert metrics.fidelity(student, teacher.clamp(min=-50)) == pytest.approx(by_hand, abs=1e-9)
+    assert metrics.fidelity(student, student + 7) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="shapes differ"):
+        metrics.fidelity(student, student[:1])
+
+
+def test_mean_probabilities_are_a_mean_of_probabilities():
+    mean = metrics.mean_probabilities([logits_of([[0.9, 0.1]]) + 3, logits_of([[0.2, 0.8]])])
+    assert mean.softmax(dim=1)[0].tolist() == pytest.approx([0.55, 0.45])
+
+
+def test_reliability_has_the_bins_of_the_ece(four):
+    table = metrics.reliability(*four, bins=10)
+    filled = table[table["images"] > 0]
+    assert filled["confidence"].tolist() == pytest.approx([0.5, 0.6, 0.7, 0.8])
+    assert filled["accuracy"].tolist() == [0, 0, 1, 1] and table["accuracy"].isna().sum() == 6
+    assert filled["low"].tolist() == pytest.approx([0.4, 0.5, 0.6, 0.7])  # a confidence of 0.5 is in (0.4, 0.5]
+    gap = (table["images"] * (table["confidence"] - table["accuracy"]).abs()).sum() / 4
+    assert gap == pytest.approx(metrics.ece(*four, bins=10)) and len(metrics.reliability(*four)) == 15
+
+
 def test_confusion_matrix_has_true_classes_in_rows(four):
     matrix = metrics.confusion_matrix(*four)
     assert matrix.tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 0]]
@@ -115,23 +148,99 @@ def test_paired_difference_by_hand():
 
 def test_what_a_seed_does_to_both_arms_cancels():
     a, b = [0.1, 0.5, 0.9, 0.3], [0.09, 0.48, 0.89, 0.28]
-    assert metrics.verdict(metrics.paired_difference(a, b)) == "higher"
-    assert metrics.verdict(metrics.paired_difference(b, a)) == "lower"
-    assert metrics.verdict(metrics.paired_difference(a, sorted(b))) == "not separable"
+    assert metrics.outcome(metrics.paired_difference(a, b), 0) == "helps"
+    assert metrics.outcome(metrics.paired_difference(b, a), 0) == "hurts"
+    assert metrics.outcome(metrics.paired_difference(a, sorted(b)), 0) == "not separable"
 
 
 def test_too_few_or_unequal_seeds():
     single = metrics.paired_difference([0.7], [0.6])
     assert single.mean == pytest.approx(0.1) and single.n == 1
     assert math.isnan(single.low) and math.isnan(single.high)
-    assert metrics.verdict(single) == "too few seeds"
+    assert metrics.outcome(single, 1) == "too few seeds"
     for a, b in (([], []), ([0.1, 0.2], [0.1])):
         with pytest.raises(ValueError):
             metrics.paired_difference(a, b)
 
 
-def test_equal_arms_are_not_separable():
-    assert metrics.verdict(metrics.paired_difference([0.7, 0.6], [0.7, 0.6])) == "not separable"
+@pytest.mark.parametrize("low, high, expected", [
+    (0.01, 3, "helps"), (-3, -0.01, "hurts"), (-1, 1, "equivalent"), (0, 0, "equivalent"),
+    (-1.01, 0.5, "not separable"), (-0.5, 1.01, "not separable"), (0, 2, "not separable"),
+])
+def test_the_outcome_follows_the_interval_and_the_margin(low, high, expected):
+    assert metrics.outcome(Difference((low + high) / 2, low, high, 5), margin=1) == expected
+
+
+@pytest.mark.parametrize("difference", [Difference(math.nan, math.nan, math.nan, 5), Difference(math.nan, 0, 0, 1)])
+def test_what_is_not_a_number_has_no_outcome(difference):
+    with pytest.raises(ValueError):
+        metrics.outcome(difference, 1)
+
+
+@pytest.mark.parametrize("t, n, expected", [
+    (2.7764451, 5, 0.05), (4.6040949, 5, 0.01), (12.7062047, 2, 0.05), (2.2621572, 10, 0.05), (0.0, 3, 1.0), (-4.3026527, 3, 0.05),
+])
+def test_p_values_against_tables(t, n, expected):
+    """Differences of mean m and sd s with m / (s / sqrt(n)) = t."""
+    spread = np.linspace(-1, 1, n)
+    values = spread / spread.std(ddof=1) / math.sqrt(n) ** -1 + t
+    assert metrics.paired_p_value(values, np.zeros(n)) == pytest.approx(expected, abs=1e-7)
+
+
+def test_p_values_without_a_spread():
+    assert metrics.paired_p_value([1, 1], [0, 0]) == 0 and metrics.paired_p_value([1, 1], [1, 1]) == 1
+    assert math.isnan(metrics.paired_p_value([1], [0]))
+
+
+def test_holm_by_hand():
+    assert metrics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm([0.9, 0.8]) == [1, 1] and metrics.holm([]) == []
+    assert metrics.holm([math.nan, 0.03, 0.02])[1:] == [0.04, 0.04]
+
+
+def test_the_bootstrap_over_images_by_hand():
+    """One seed, differences of 1 for 30 images and 0 for 70: the draws are binomial, with sd sqrt(0.3 0.7 / 100)."""
+    right_b = np.zeros((1, 100), dtype=bool)
+    right_a = right_b.copy()
+    right_a[0, :30] = True
+    found = metrics.bootstrap_difference(right_a, right_b, resamples=20_000)
+    assert found.mean == pytest.approx(0.3) and found.n == 100
+    assert (found.low, found.high) == pytest.approx((0.3 - 0.09, 0.3 + 0.09), abs=0.015)
+    assert metrics.bootstrap_difference(right_a, right_b, resamples=20_000) == found
+    other = metrics.bootstrap_difference(right_b, right_a, resamples=20_000, seed=1)
+    assert (other.mean, other.low, other.high) == pytest.approx((-0.3, -found.high, -found.low), abs=0.015)
+
+
+def test_the_bootstrap_is_that_of_drawing_images():
+    rng = np.random.default_rng(3)
+    right_a, right_b = rng.random((5, 400)) < 0.7, rng.random((5, 400)) < 0.65
+    drawn = rng.integers(400, size=(4000, 400))
+    means = (right_a.mean(axis=0) - right_b.mean(axis=0))[drawn].mean(axis=1)
+    found = metrics.bootstrap_difference(right_a, right_b, resamples=4000)
+    assert found.mean == pytest.approx(right_a.mean() - right_b.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.004)
+    # seeds that agree on every image are no more images: the interval is that of one
+    once = metrics.bootstrap_difference(right_a[:1], right_b[:1])
+    assert metrics.bootstrap_difference(right_a[[0] * 5], right_b[[0] * 5])[1:3] == pytest.approx(once[1:3])
+
+
+@pytest.mark.parametrize("shapes", [((2, 5), (3, 5)), ((5,), (5,)), ((0, 5), (0, 5))])
+def test_the_bootstrap_needs_the_same_seeds_and_images(shapes):
+    with pytest.raises(ValueError, match=r"\[S, N\]"):
+        metrics.bootstrap_difference(*(np.zeros(shape, dtype=bool) for shape in shapes))
+
+
+def test_per_class_differences_are_paired_by_seed():
+    labels = torch.tensor([0, 0, 1, 1])
+    right_a = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]], dtype=torch.bool)
+    right_b = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1]], dtype=torch.bool)
+    table = metrics.per_class_difference(right_a, right_b, labels, ["cat", "dog"])
+    assert table["class"].tolist() == ["cat", "dog"] and table["mean"].tolist() == [0.5, -0.5]
+    assert table["low"].tolist() == table["high"].tolist() == [0.5, -0.5]  # both seeds say the same
+    single = metrics.per_class_difference(right_a[:1], right_b[:1], labels, ["cat", "dog"])
+    assert single["low"].isna().all()
+    with pytest.raises(ValueError, match="class eel"):
+        metrics.per_class_difference(right_a, right_b, labels, ["cat", "dog", "eel"])
 
 
 def test_mean_sd():

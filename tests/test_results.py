@@ -3,11 +3,14 @@
 from functools import partial
 
 import pytest
+import torch
 
 from kdutils import metrics
+from kdutils.losses import cross_entropy
 from kdutils.models import SmallCNN, architecture
-from kdutils.results import model_costs
-from kdutils.students import describe_builder
+from kdutils.results import comparison, flip_column, model_costs, student_rows
+from kdutils.students import Arm, StudentRun, describe_builder, train_students
+from kdutils.teachers import Teacher, TeacherRun
 
 built = []
 
@@ -55,3 +58,54 @@ def test_a_builder_is_known_by_its_code_and_arguments():
     assert describe_builder(same[0]) == describe_builder(same[1])
     found = [describe_builder(build) for build in different]
     assert all(one != another for i, one in enumerate(found) for another in found[:i])
+
+
+def a_student(seed, logits, state=None):
+    return StudentRun("kd", ("resnet18",), seed, {}, {part: logits for part in ("train", "val", "test")}, state or SmallCNN().state_dict(), 0.0, "")
+
+
+def logits_for(labels, wrong=()):
+    """Logits that name the right class of every image but those numbered, which get the next one."""
+    named = labels.clone()
+    named[list(wrong)] = (named[list(wrong)] + 1) % 10
+    return 5 * torch.eye(10)[named]
+
+
+def test_rows_tell_how_a_student_follows_its_teacher(tiny, toy_data):
+    labels = toy_data.test.labels
+    small = toy_data._replace(train=toy_data.test)
+    student, teacher = logits_for(labels, [0, 1]), logits_for(labels, [1, 2, 3])
+    run = TeacherRun("resnet18", "last_block", 0, {}, {"test": teacher}, teacher, 0.0, "")
+    resnet18 = Teacher("resnet18", "last_block", [run], "", False, "", 1, 1, 1, 0.0)
+    rows = student_rows(3, [a_student(0, student)], small, tiny(), [resnet18])
+    found = {row["metric"]: float(row["value"]) for row in rows if row["split"] == "test"}
+    assert found["agreement_resnet18"] == 0.7 and found["agreement_resnet18_teacher_right"] == pytest.approx(6 / 7, abs=1e-6)
+    assert found["agreement_resnet18_teacher_wrong"] == pytest.approx(1 / 3, abs=1e-6)
+    assert found["kl_resnet18"] == pytest.approx(metrics.fidelity(student, teacher), abs=1e-6)
+    assert {"accuracy", "accuracy_flip"} <= found.keys()
+    run.logits["test"] = logits_for(labels)
+    rows = student_rows(3, [a_student(0, student)], small, tiny(), [resnet18])
+    assert not any(row["metric"].endswith("teacher_wrong") or row["value"] == "nan" for row in rows)
+
+
+def test_a_flipped_image_is_seen_by_the_very_network(tiny, toy_data):
+    """Of images that are their own mirror images the flip changes nothing; of others it is the mean of both."""
+    settings = tiny(seeds=[0], epochs=1)
+    symmetric = toy_data.test.images + toy_data.test.images.flip(3)
+    dataset = toy_data._replace(test=toy_data.test._replace(images=symmetric))
+    [run] = train_students(Arm("scratch", cross_entropy), dataset, settings)
+    assert flip_column([run], dataset, settings) == [metrics.accuracy(run.logits["test"], dataset.test.labels)]
+    certain = a_student(0, logits_for(dataset.test.labels) * 100, run.state)
+    assert flip_column([certain], dataset, settings) == [1.0]
+
+
+def test_a_comparison_gives_both_intervals(toy_data):
+    labels = toy_data.test.labels
+    data = toy_data._replace(train=toy_data.test, val=toy_data.test)
+    scratch = [a_student(seed, logits_for(labels, wrong)) for seed, wrong in enumerate(([0, 1, 2], [0, 1, 3], [0, 2, 3]))]
+    kd = [a_student(seed, logits_for(labels, wrong)) for seed, wrong in enumerate(([0], [0, 1], [0]))]
+    table = comparison([("scratch", scratch), ("kd", kd)], data, baseline=scratch)
+    assert table["Difference"].tolist() == ["–", "+16.67 [+2.32, +31.01]"]
+    low, high = (float(part) for part in table["Over images"][1].strip("[]").replace("−", "-").split(","))
+    assert 0 <= low < 16.67 < high
+    assert table["Over images"][0] == "–"

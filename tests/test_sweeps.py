@@ -308,3 +308,12 @@ def test_weights_are_checked_unless_the_teacher_is_made(tiny, profile, toy_data,
         patched.setattr(teachers, "load_backbone", lambda *_: pytest.fail("loaded"))
         check_weights("resnet18", toy_data, settings)
     assert "cannot be read" in message_of(check_weights, "resnet50", toy_data, settings)
+
+
+def test_the_settings_of_a_trial_become_columns():
+    names = ["baseline", "temperature = 2.0, alpha = 0.5", "alpha = 1e-05", "weights = folder, alpha = 1"]
+    frame = pd.DataFrame({"trial": names, "val_accuracy": 0.5})
+    found = sweeps.settings_of_trials(frame)
+    assert found[["temperature", "alpha"]].isna().values.tolist() == [[True, True], [False, False], [True, False], [True, False]]
+    assert found["alpha"].tolist()[1:] == [0.5, 1e-5, 1] and "weights" not in found
+    assert found["trial"].tolist() == names
