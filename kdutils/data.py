@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kdutils import shapes
 from kdutils.compat import ensure_torchvision
-from kdutils.runs import artefact, fingerprint, network_timeout, tensor_checksum
+from kdutils.runs import artefact, check_writable, fingerprint, network_timeout, tensor_checksum
 from kdutils.settings import Settings, UserError, project_path, shown_path
 
 NUM_CLASSES = 10
@@ -66,6 +66,8 @@ def load_data(settings: Settings) -> Dataset:
 
     Raises `UserError` for a missing or unfit folder, an unreadable image, sizes larger than the data, no network.
     """
+    folder = settings.run_folder
+    check_writable(next(path for path in (folder, *folder.parents) if path.exists()), "runs_dir")
     kind = settings.data
     if kind == "cifar10":
         default_name, (classes, train, test) = CIFAR10_NAME, _cifar10(project_path(settings.data_dir))

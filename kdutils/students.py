@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdutils.data import Dataset
 from kdutils.models import SmallCNN, normalise, seeded
-from kdutils.runs import artefact, resumable
+from kdutils.runs import artefact, lower_if_out_of_memory, resumable
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher
 from kdutils.training import History, Recipe, fit, memory_format, predict
@@ -100,21 +100,21 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
     }  # fmt: skip
     folder = settings.run_folder / "students"
     name = "-".join([arm.name, *teacher_names, f"seed{seed}"])
+    called = f"{' '.join((arm.name, *teacher_names))}, seed {seed}"
 
     def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
         model = seeded(seed, SmallCNN, len(dataset.classes))
-        history = fit(
-            model, **fit_arguments(arm, dataset, settings, seed), checkpoint=checkpoint,
-            name=f"{' '.join((arm.name, *teacher_names))}, seed {seed}",
-        )  # fmt: skip
+        with lower_if_out_of_memory(called, "batch_size"):
+            history = fit(model, **fit_arguments(arm, dataset, settings, seed), checkpoint=checkpoint, name=called)
         return model.state_dict(), {"history": history}
 
     trained = resumable(folder, name, key, make)
 
     def make_logits() -> tuple[dict[str, Tensor], dict]:
         model = _network(trained.tensors).to(settings.device)
-        images = {part: normalise(getattr(dataset, part).images) for part in ("train", "val", "test")}
-        return {part: predict(model, x, settings.precision) for part, x in images.items()}, {}
+        with lower_if_out_of_memory(f"{called}: logits", "train_size or test_size"):
+            images = {part: normalise(getattr(dataset, part).images) for part in ("train", "val", "test")}
+            return {part: predict(model, x, settings.precision) for part, x in images.items()}, {}
 
     logits_key = {"what": "student's logits", "student": trained.fingerprint, "data": dataset.checksum}
     found = artefact(folder, f"{name}-logits", logits_key, make_logits).tensors
