@@ -92,8 +92,7 @@ def artefact(
             return found
         if found:
             print(f"{shown_path(path)}: {found}; made again")
-        for cut_off in folder.glob(f".{glob.escape(path.stem)}.*.tmp"):  # of a process that was killed in writing
-            cut_off.unlink(missing_ok=True)
+        _remove_cut_off(folder, path.stem)
         start = time.perf_counter()
         tensors, facts = make()
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -199,6 +198,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_cut_off(folder: Path, *stems: str) -> None:
+    """Remove what processes that were killed left half-written; only under the lock of those that write there."""
+    for stem in stems:
+        for cut_off in folder.glob(f".{glob.escape(stem)}.*.tmp"):
+            cut_off.unlink(missing_ok=True)
 
 
 def disk_error(error: Exception) -> str | None:
@@ -361,6 +367,8 @@ def record(
 
 def _record(settings, notebook, rows, facts, timings, made_of) -> Path:
     folder = settings.run_folder
+    _remove_cut_off(folder, "results", "timings", "provenance")
+    _remove_cut_off(folder / "found", notebook)
     mine = {"made_of": made_of, "rows": list(rows), "facts": dict(facts), "timings": list(timings)}
     write_text(folder / "found" / f"{notebook}.json", json.dumps({**mine, "checksum": _json_checksum(mine)}, indent=1))
     found = []
