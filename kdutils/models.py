@@ -169,7 +169,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"weights: {shown_path(path)} cannot be read ({reason}); give an undamaged file") from error
     except Exception as error:  # pickle.UnpicklingError: content that weights_only refuses
         raise UserError(f"weights: {shown_path(path)} holds more than tensors; save a plain state dict") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(x, str) and isinstance(y, Tensor) for x, y in state.items()):
         raise UserError(f"weights: {shown_path(path)} is no state dict; save model.state_dict()")
     return state, {}
 

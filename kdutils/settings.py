@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -173,6 +174,17 @@ class Settings:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+_REPR = reprlib.Repr()  # a few kilobytes of YAML can stand for more text than there is memory
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+
+
+def _short(value: Any) -> str:
+    try:
+        return _REPR.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 _FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 _TEXTS = {name for name, kind in typing.get_type_hints(Settings).items() if kind in (str, str | None)}
 _FLOATS = {name for name, kind in typing.get_type_hints(Settings).items() if kind is float}
@@ -220,7 +232,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"{what}: {shown_path(path)} cannot be read ({error.strerror}); give a .yaml file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: numbers, dates and nests of no sense
         reason = " ".join(str(error).split())
         raise UserError(f"{what}: {shown_path(path)} is not valid YAML ({reason}); mend that line") from error
     if not isinstance(values, dict):
@@ -293,7 +305,7 @@ def checked(name: str, value: Any, spelt: str | None = None) -> Any:
     if isinstance(found, tuple):
         found = list(found)
     if not rule.accepts(found):
-        raise UserError(f"{spelt or name}: {value!r:.80} will not do; it must be {rule.text}")
+        raise UserError(f"{spelt or name}: {_short(value)} will not do; it must be {rule.text}")
     if name == "weights" and found not in ("imagenet", "generated", "none"):
         return _normal_path(found)
     if name == "data" and found.startswith("folder:"):
