@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -169,14 +169,17 @@ def _cifar10(folder: Path) -> tuple[list[str], Split, Split]:
 
 
 def _shapes10(settings: Settings) -> tuple[list[str], Split, Split]:
-    names = list(shapes.SHAPES10)
+    classes = list(shapes.SHAPES10)
     asked = {"train": settings.train_size + settings.val_size, "test": settings.test_size}
     parts = []
     for seed, (part, count) in enumerate(asked.items()):
         if count > SHAPES10_SIZES[part]:
-            raise UserError(f"data: shapes10 has {SHAPES10_SIZES[part]} images for {part}, {count} were asked for")
-        parts.append(Split(*shapes.draw(names, count, seed=seed)))
-    return names, *parts
+            size = "train_size or val_size" if part == "train" else "test_size"
+            raise UserError(
+                f"data: shapes10 has {SHAPES10_SIZES[part]} images for {part}, {count} were asked for; lower {size}"
+            )
+        parts.append(Split(*shapes.draw(classes, count, seed=seed)))
+    return classes, *parts
 
 
 def _folder(folder: Path, settings: Settings) -> tuple[list[str], Split, Split]:
@@ -281,8 +284,11 @@ def read_image(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # of damaged files, Pillow raises whatever its readers ran into
-        large = isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError))
-        reason = "it has far too many pixels" if large else " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+            reason = "it has far too many pixels"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = "its content is of no kind that is known here"
         raise UserError(f"data: {shown_path(path)} cannot be read as an image ({reason}); mend or remove it") from error
     if rgb.size != (size, size):
         rgb = ImageOps.fit(rgb, (size, size), method=Image.Resampling.LANCZOS)

@@ -152,7 +152,7 @@ def read_artefact(path: Path) -> tuple[dict[str, Any], Artefact]:
     """An artefact, and the key it was made under, from a file of any name. Raises `UserError` for a damaged file."""
     loaded = _load(path)
     if not isinstance(loaded, tuple):
-        raise UserError(f"{shown_path(path)}: {loaded}; get it again")
+        raise UserError(f"weights: {shown_path(path)} {loaded}; get it again")
     return loaded
 
 
@@ -407,7 +407,7 @@ def _read_found(path: Path) -> dict[str, Any] | None:
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
         return entry if entry.pop("checksum", None) == _json_checksum(entry) else None
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, RecursionError):  # no JSON, or that of something else
         return None
 
 

@@ -176,6 +176,7 @@ class Settings:
 
 _REPR = reprlib.Repr()  # a few kilobytes of YAML can stand for more text than there is memory
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxlevel = 2
 
 
 def _short(value: Any) -> str:
@@ -222,7 +223,7 @@ def read_profile(profile: str) -> dict[str, Any]:
         raise UserError(f"profile: {profile!r} is no name; use one of {', '.join(known)}, or the path of a .yaml file")
     path = PROFILES / f"{profile}.yaml" if profile in known else project_path(profile)
     if path.suffix != ".yaml" or not path.is_file():
-        raise UserError(f"profile: there is no '{profile}'; use one of {', '.join(known)}, or the path of a .yaml file")
+        raise UserError(f"profile: there is no {profile!r}; use one of {', '.join(known)}, or the path of a .yaml file")
     return read_yaml(path, "profile")
 
 
@@ -233,7 +234,8 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{what}: {shown_path(path)} cannot be read ({error.strerror}); give a .yaml file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: numbers, dates and nests of no sense
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "in line")
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason
         raise UserError(f"{what}: {shown_path(path)} is not valid YAML ({reason}); mend that line") from error
     if not isinstance(values, dict):
         raise UserError(f"{what}: {shown_path(path)} must hold lines of 'name: value'")
@@ -259,7 +261,7 @@ def check_names(names: Any, where: str = "parameter") -> None:
         if name not in _FIELDS:
             near = difflib.get_close_matches(str(name), _FIELDS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"the settings are: {', '.join(_FIELDS)}"
-            raise UserError(f"{where}: there is no setting '{name}'; {hint}")
+            raise UserError(f"{where}: there is no setting {str(name)!r:.80}; {hint}")
 
 
 def load_settings(profile: str, **overrides: Any) -> Settings:

@@ -132,8 +132,8 @@ def check_space(dataset: Dataset, settings: Settings, architectures: Sequence[st
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if needed > free:
         raise UserError(
-            f"runs_dir: the features of {' and '.join(architectures)} will take {needed / 1e9:.1f} GB, but "
-            f"{shown_path(folder)} has {free / 1e9:.1f} GB left; free space, choose another, or lower teacher_size or "
+            f"runs_dir: the features of {' and '.join(architectures)} will take {needed / 1e9:.2f} GB, but "
+            f"{shown_path(folder)} has {free / 1e9:.2f} GB left; free space, choose another, or lower teacher_size or "
             "max_shift"
         )
 

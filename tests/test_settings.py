@@ -124,29 +124,6 @@ def test_the_same_value_written_otherwise_is_the_same_run(tiny, one, other):
     assert tiny(**one).digest() == tiny(**other).digest()
 
 
-@pytest.mark.parametrize("text, fragments", [
-    ("epochs: 3\nepochs: 4\n", ["'epochs' stands twice", "not valid YAML"]),
-    ("epochs: [3\n", ["not valid YAML"]),
-    ("? [1, 2]\n: 3\n", ["not valid YAML"]),
-    ("", ["must hold lines of '"]),
-    ("- epochs\n", ["must hold lines of '"]),
-    ("temprature: 3\n", ["'temprature'", "did you mean 'temperature'?"]),
-    ("1: 2\n", ["no setting '1'"]),
-    (b"epochs: \xff\n", ["not valid YAML"]),
-])  # fmt: skip
-def test_a_damaged_profile_is_named(tmp_path, text, fragments):
-    path = tmp_path / "broken.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    message = message_of(load_settings, str(path))
-    assert message.startswith("profile") and "broken" in message
-    assert all(fragment in message for fragment in fragments), message
-
-
-def test_a_missing_setting_is_named_with_the_remedy(tiny_profile):
-    message = message_of(load_settings, tiny_profile(temperature=None))
-    assert "'temperature' is missing" in message and "add a line" in message
-
-
 def test_a_bad_value_in_the_profile_is_refused_too(tiny_profile):
     assert message_of(load_settings, tiny_profile(alpha=2)).startswith("alpha: 2")
 
@@ -161,12 +138,6 @@ def test_a_step_must_divide_the_greatest_shift(tiny, max_shift, shift_step):
 def test_a_batch_must_fit_into_the_training_images(tiny, name):
     message = message_of(tiny, **{name: 41})
     assert name in message and "41" in message and "train_size = 40" in message
-
-
-def test_an_absent_folder_of_weights_is_named(tiny):
-    message = message_of(tiny, weights="no/such/folder")
-    assert message.startswith("weights: ") and "no/such/folder" in message and "'imagenet'" in message
-    assert "resnet18.safetensors" in message
 
 
 def test_a_home_folder_that_is_nobodys_is_no_traceback(tiny):
