@@ -201,6 +201,48 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     else:
         assert np.abs(pixels.astype(int) - 200).max() <= 4
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    """Whatever colour the file keeps under it; half transparent is half of it."""
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 128), (0, 0, 16, 32))
+    if mode == "P":
+        image = Image.new("P", (32, 32), 0)
+        image.putpalette([255, 0, 0] + [0] * 765)
+    image.convert(mode).save(tmp_path / "x.png", **({"transparency": 0} if mode == "P" else {}))
+    pixels = read_image(tmp_path / "x.png")
+    assert (pixels[:, 16:] == 255).all()
+    assert (pixels[:, :16] == (255 if mode == "P" else 127)).all()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_of_a_moving_picture_the_first_frame_is_taken(tmp_path, kind):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ((200, 0, 0), (0, 200, 0))]
+    frames[0].save(tmp_path / f"x.{kind.lower()}", save_all=True, append_images=frames[1:])
+    assert np.abs(read_image(tmp_path / f"x.{kind.lower()}").astype(int) - (200, 0, 0)).max() <= 4
+
+
+def test_links_to_elsewhere_are_followed_and_told(load, folder, tmp_path, capsys):
+    first = load()
+    assert "links" not in capsys.readouterr().out
+    (folder / "train" / "class3").rename(tmp_path / "elsewhere")
+    (folder / "train" / "class3").symlink_to(tmp_path / "elsewhere")
+    (folder / "train" / "class4" / "0.png").rename(folder / "moved.png")
+    (folder / "train" / "class4" / "0.png").symlink_to(folder / "moved.png")
+    (folder / "train" / "class5" / "9.png").symlink_to(folder / "train" / "class5" / "1.png")  # stays within
+    assert load(train_size=20).classes == first.classes
+    said = capsys.readouterr().out
+    assert f"data: 2 in {folder / 'train'} are links to what lies elsewhere, for example " in said
+
+
+def test_files_that_are_no_images_are_passed_over_and_told(load, folder, capsys):
+    first = load()
+    (folder / "train" / "class3" / "a.heic").touch()
+    (folder / "train" / "class3" / "notes.txt").touch()
+    assert load().checksum == first.checksum
+    said = capsys.readouterr().out
+    assert f"data: 2 in {folder / 'train'} are no images by their names, and passed over" in said and "a.heic" in said
+
 
 @pytest.mark.parametrize("width, height", [(64, 64), (100, 40), (40, 100), (8, 8), (32, 33), (1, 1)])
 def test_the_middle_of_any_size_is_taken(tmp_path, width, height):
