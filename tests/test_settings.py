@@ -1,22 +1,27 @@
 """kdutils.settings: every parameter checked once, with one clear line for what will not do."""
 
 import dataclasses
+import json
 import math
 
+import hypothesis
 import pytest
 import torch
 from conftest import message_of
+from hypothesis import strategies as st
 
 from kdutils.settings import (
     PROFILES,
     ROOT,
     Settings,
     UserError,
+    checked,
     load_settings,
     notebook_settings,
     pick_precision,
 )
 
+TEXTS = {field.name for field in dataclasses.fields(Settings) if "str" in str(field.type)}
 MACHINE = {"profile", "data_dir", "runs_dir", "device", "threads"}
 OTHER = {  # another possible value of every setting, in the tiny profile
     "profile": "demo", "data": "cifar10", "data_name": "my images", "train_size": 41, "val_size": 11, "test_size": 11,
@@ -274,3 +279,33 @@ def test_a_notebook_without_ipython_and_profile_takes_cifar10():
 
 def test_a_notebook_shows_the_message_and_no_traceback():
     assert UserError("alpha: 2 will not do")._render_traceback_() == ["UserError: alpha: 2 will not do"]
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8,
+)  # fmt: skip
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(st.sampled_from([field.name for field in dataclasses.fields(Settings)]), plain)
+def test_any_value_of_any_setting_is_taken_or_named_in_one_line(name, value):
+    """And what is taken is taken as it is: its text, and it itself once more, are the same value."""
+    try:
+        found = checked(name, value)
+    except UserError as error:
+        message = str(error)
+        assert message.startswith((f"{name}: ", "path: ")) and "\n" not in message and len(message) < 500
+        return
+    assert checked(name, found) == found
+    if name not in TEXTS and value is not None:
+        assert checked(name, str(found)) == found and checked(name, json.dumps(found)) == found
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(st.text(max_size=200) | st.binary(max_size=200))
+def test_any_file_is_a_profile_or_named_in_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode(errors="replace"))
+    message = message_of(load_settings, str(path))
+    assert message.startswith("profile") and "any.yaml" in message
