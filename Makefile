@@ -26,7 +26,7 @@ apt_install = { command -v apt-get && { test "$$(id -u)" = 0 || sudo -n true; };
 # The stamp holds the folder it was made in: an environment that moved with its folder is made again.
 stamp = .venv/.stamp-setup
 
-.PHONY: help setup tex demo report pdf pretrain test bench clean distclean
+.PHONY: help setup tex demo report pdf pretrain test soak bench clean distclean
 ifneq ($(shell cat $(stamp) 2>/dev/null),$(CURDIR))
 .PHONY: $(stamp)
 endif
@@ -36,6 +36,7 @@ help:
 	@echo 'make report    the same on CIFAR-10, downloaded when absent: report/report.pdf'
 	@echo 'make pdf       typeset report/generated again: no data, no training'
 	@echo 'make test      the tests'
+	@echo 'make soak      runs killed at 200 random moments and more: they must end in the same bytes; half an hour'
 	@echo 'make bench     how fast this is here, against the plain way of doing it: ten minutes'
 	@echo 'make setup     only .venv (pinned packages) and TeX; the targets above do it when needed'
 	@echo 'make clean     remove caches and LaTeX leftovers; make distclean: .venv too'
@@ -94,6 +95,9 @@ pretrain: $(stamp)
 
 test: setup
 	.venv/bin/python -m pytest -q
+
+soak: setup
+	.venv/bin/python -m pytest -q -s -m soak
 
 bench: $(stamp)
 	$(run) bench --profile $(call quote,$(PROFILE)) $(params)

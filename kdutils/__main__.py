@@ -10,6 +10,7 @@ from kdutils import pipeline
 from kdutils.models import pretraining_facts, read_header
 from kdutils.pretraining import Pretraining, default_recipe, pretrain_on_folder
 from kdutils.report import REPORT, LatexMissing
+from kdutils.runs import disk_error
 from kdutils.settings import (
     ARCHITECTURES,
     Settings,
@@ -47,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
+    except OSError as error:
+        if (reason := disk_error(error)) is None:
+            raise
+        where = f"{shown_path(error.filename)}: " if error.filename else ""
+        print(f"error: {where}{reason}; free space, or give another folder (runs_dir, --out); what was finished is "
+              "kept, and the same command goes on from there", file=sys.stderr)  # fmt: skip
+        return 1
     return 0
 
 

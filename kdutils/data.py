@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from kdutils import shapes
 from kdutils.compat import ensure_torchvision
-from kdutils.runs import artefact, fingerprint, network_timeout, tensor_checksum
+from kdutils.runs import artefact, check_writable, fingerprint, network_timeout, tensor_checksum
 from kdutils.settings import Settings, UserError, project_path, shown_path
 
 NUM_CLASSES = 10
@@ -66,6 +67,8 @@ def load_data(settings: Settings) -> Dataset:
 
     Raises `UserError` for a missing or unfit folder, an unreadable image, sizes larger than the data, no network.
     """
+    folder = settings.run_folder
+    check_writable(next(path for path in (folder, *folder.parents) if path.exists()), "runs_dir")
     kind = settings.data
     default_name, classes, train, test = _whole(settings)
     name = settings.data_name or default_name
@@ -185,14 +188,17 @@ def _cifar10(folder: Path) -> tuple[list[str], Split, Split]:
 
 
 def _shapes10(settings: Settings) -> tuple[list[str], Split, Split]:
-    names = list(shapes.SHAPES10)
+    classes = list(shapes.SHAPES10)
     asked = {"train": settings.train_size + settings.val_size, "test": settings.test_size}
     parts = []
     for seed, (part, count) in enumerate(asked.items()):
         if count > SHAPES10_SIZES[part]:
-            raise UserError(f"data: shapes10 has {SHAPES10_SIZES[part]} images for {part}, {count} were asked for")
-        parts.append(Split(*shapes.draw(names, count, seed=seed)))
-    return names, *parts
+            size = "train_size or val_size" if part == "train" else "test_size"
+            raise UserError(
+                f"data: shapes10 has {SHAPES10_SIZES[part]} images for {part}, {count} were asked for; lower {size}"
+            )
+        parts.append(Split(*shapes.draw(classes, count, seed=seed)))
+    return classes, *parts
 
 
 def _folder(folder: Path, settings: Settings) -> tuple[list[str], Split, Split]:
@@ -229,7 +235,7 @@ def read_image_folder(
         for name in classes:
             for path, facts in by_class[name].items():
                 listed.update(f"{part}/{name}/{os.path.basename(path)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    key = {"what": "decoded images", "files": listed.hexdigest(), "size": size}
+    key = {"what": "decoded images", "files": listed.hexdigest(), "size": size, "transparent": "white"}
 
     def make() -> tuple[dict[str, Tensor], dict]:
         return {
@@ -246,25 +252,32 @@ def _list_images(folder: Path) -> dict[str, dict[str, os.stat_result]]:
     """The image files of every class folder, by name, with their sizes and times."""
     if not folder.is_dir():
         raise UserError(f"data: there is no folder {shown_path(folder)}; it must hold one folder of images a class")
-    found = {}
+    found, others, links = {}, [], []
     for sub in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         with os.scandir(sub) as entries:
-            images = [
-                entry for entry in entries
-                if not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
-            ]  # fmt: skip
-        found[sub.name] = {entry.path: _stat(entry) for entry in sorted(images, key=lambda entry: entry.name)}
-        if not found[sub.name]:
+            files = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        images = [entry for entry in files if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES]
+        if not images:
             raise UserError(f"data: the class folder {shown_path(sub)} holds no images; add some or remove it")
+        found[sub.name] = {entry.path: _stat(entry) for entry in images}
+        others += [entry.path for entry in files if entry.path not in found[sub.name] and entry.name != "Thumbs.db"]
+        links += [Path(path) for path in (sub, *(e.path for e in images if e.is_symlink())) if os.path.islink(path)]
+    links = [link for link in links if not link.resolve().is_relative_to(folder.resolve())]
+    for what, paths in (("no images by their names, and passed over", others), ("links to what lies elsewhere", links)):
+        if paths:
+            print(f"data: {len(paths)} in {shown_path(folder)} are {what}, for example {shown_path(paths[0])}")
     return found
 
 
 def _stat(entry: os.DirEntry) -> os.stat_result:
+    name = shown_path(entry.path)
     try:
-        return entry.stat()
+        facts = entry.stat()
     except OSError as error:
-        name = shown_path(entry.path)
         raise UserError(f"data: {name} cannot be read ({error.strerror}); mend or remove it") from error
+    if not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for
+        raise UserError(f"data: {name} is called an image, but is no file; mend or remove it")
+    return facts
 
 
 def _decode(by_class: Mapping[str, Iterable[str]], classes: Sequence[str], part: str, size: int) -> Split:
@@ -276,20 +289,37 @@ def _decode(by_class: Mapping[str, Iterable[str]], classes: Sequence[str], part:
 
 
 def read_image(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
-    """An image file as uint8 [size, size, 3]: any mode made RGB; not square: the middle; not `size`: resized.
+    """An image file as uint8 [size, size, 3]: any mode made RGB, what is transparent made white, the first of several
+    frames; not square: the middle; not `size`: resized.
 
-    Raises `UserError` naming a file that cannot be read.
+    Raises `UserError` naming a file that cannot be read, or that is large beyond reason (Pillow's limit: 89 million
+    pixels).
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip to white
-                    image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-                rgb = ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning,
-            Image.DecompressionBombError) as error:  # fmt: skip
-        raise UserError(f"data: {shown_path(path)} cannot be read as an image ({error}); mend or remove it") from error
+                rgb = _as_rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # of damaged files, Pillow raises whatever its readers ran into
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+            reason = "it has far too many pixels"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = "its content is of no kind that is known here"
+        raise UserError(f"data: {shown_path(path)} cannot be read as an image ({reason}); mend or remove it") from error
     if rgb.size != (size, size):
         rgb = ImageOps.fit(rgb, (size, size), method=Image.Resampling.LANCZOS)
     return np.asarray(rgb)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are numbers with a fraction, of no known range: save it with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip to white
+        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

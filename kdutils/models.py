@@ -129,7 +129,8 @@ def with_state(arch: str, state: dict[str, Tensor]) -> nn.Module:
     try:
         odd = model.load_state_dict(body, strict=False)
     except RuntimeError as error:
-        raise UserError(f"weights: these are not {arch}'s: {str(error).splitlines()[-1].strip()}") from error
+        reason = str(error).splitlines()[-1].strip().rstrip(".")
+        raise UserError(f"weights: these are not a torchvision {arch}'s ({reason}); give its state dict") from error
     missing = [name for name in odd.missing_keys if not name.startswith("fc.") and "num_batches" not in name]
     if missing or odd.unexpected_keys:
         names = ", ".join((missing + odd.unexpected_keys)[:3])
@@ -165,11 +166,11 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split())[:160] or "it ends too early"
         raise UserError(f"weights: {shown_path(path)} cannot be read ({reason}); give an undamaged file") from error
     except Exception as error:  # pickle.UnpicklingError: content that weights_only refuses
         raise UserError(f"weights: {shown_path(path)} holds more than tensors; save a plain state dict") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(x, str) and isinstance(y, Tensor) for x, y in state.items()):
         raise UserError(f"weights: {shown_path(path)} is no state dict; save model.state_dict()")
     return state, {}
 

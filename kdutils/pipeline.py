@@ -19,7 +19,7 @@ from kdutils.data import load_data
 from kdutils.metrics import parameter_count
 from kdutils.models import SmallCNN
 from kdutils.results import read_results
-from kdutils.runs import write_text
+from kdutils.runs import results_checksum, write_text
 from kdutils.settings import (
     ARCHITECTURES,
     ROOT,
@@ -30,7 +30,7 @@ from kdutils.settings import (
     logits_file,
     shown_path,
 )
-from kdutils.teachers import check_weights, save_logits
+from kdutils.teachers import check_space, check_weights, save_logits
 
 EXECUTED_WITH = "executed-with.txt"  # beside the executed notebooks: the digest of their settings
 NOTEBOOKS = ("01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers")
@@ -47,6 +47,8 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     dataset = load_data(settings)
     for arch in ARCHITECTURES:
         check_weights(arch, dataset, settings)
+    if settings.weights != "generated":  # those are not there yet; their features are small
+        check_space(dataset, settings)
     print(f"{dataset.name}; {settings.device}, {settings.precision}; artefacts in {shown_path(settings.run_folder)}")
     folder = settings.run_folder / "notebooks"
     write_text(folder / EXECUTED_WITH, settings.digest())
@@ -128,6 +130,12 @@ def export(settings: Settings, out: Path) -> Path:
             f"report: {shown_path(settings.run_folder)} was last run with other settings; "
             f"run it again with these, or report with: {provenance['command'].replace(' run ', ' report ', 1)}"
         )
+    text = (settings.run_folder / "results.csv").read_text(encoding="utf-8")
+    if provenance.get("results") != results_checksum(text):
+        raise UserError(
+            f"report: {shown_path(settings.run_folder / 'results.csv')} is not as the last run wrote it (its checksum "
+            f"does not fit); run the notebooks again: {provenance['command']}"
+        )
     folder = settings.run_folder / "notebooks"
     digest = (folder / EXECUTED_WITH).read_text(encoding="utf-8") if (folder / EXECUTED_WITH).is_file() else None
     tasks = set(results.task)
@@ -171,7 +179,13 @@ def typeset(generated: Path, pdf: Path) -> Path:
 
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    path = folder / "provenance.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"report: {shown_path(path)} is missing or damaged; run the notebooks again (python -m kdutils run)"
+        ) from error
 
 
 def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:

@@ -16,7 +16,15 @@ from kdutils.compat import ensure_torchvision
 from kdutils.data import Split, read_image_folder
 from kdutils.losses import cross_entropy
 from kdutils.models import cut, normalise, pretraining_facts, read_header, read_state, seeded, with_state
-from kdutils.runs import artefact_path, check_writable, fingerprint, resumable, tensor_checksum, write_tensors
+from kdutils.runs import (
+    artefact_path,
+    check_writable,
+    fingerprint,
+    lower_if_out_of_memory,
+    resumable,
+    tensor_checksum,
+    write_tensors,
+)
 from kdutils.settings import ROOT, UserError, shown_path
 from kdutils.training import History, Recipe, fit
 from kdutils.views import NUM_CROPS, crop_pixels
@@ -121,10 +129,11 @@ def pretrain_on_folder(
         before = {name: tensor for name, tensor in before.items() if not name.startswith("fc.")}
 
     def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
-        on_device = {part: split.to(how.device) for part, split in parts.items()}
-        state, history = pretrain(
-            how, on_device["train"], on_device["val"], len(classes), init=before, checkpoint=checkpoint
-        )
+        with lower_if_out_of_memory(f"{how.arch}: pre-training", "--batch-size or --size"):
+            on_device = {part: split.to(how.device) for part, split in parts.items()}
+            state, history = pretrain(
+                how, on_device["train"], on_device["val"], len(classes), init=before, checkpoint=checkpoint
+            )
         return state, {"history": history}
 
     made = resumable(folder, how.arch, key, make)

@@ -464,8 +464,11 @@ def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
     for needed in ("macros.tex", "notebooks.tex"):
         if not (generated / needed).is_file():
             raise UserError(f"report: there is no {shown_path(generated / needed)}; run the notebooks first")
-    build = pdf.with_suffix(".latex")  # ours alone: after an error it is removed
+    build = pdf.with_suffix(".latex")  # ours alone: after an error it is removed, and when LaTeX was killed in it
+    if not (build / "finished").is_file():
+        shutil.rmtree(build, ignore_errors=True)
     build.mkdir(parents=True, exist_ok=True)
+    (build / "finished").unlink(missing_ok=True)
     for name in ("report.tex", "references.bib"):
         shutil.copy(report_dir / name, build)
     shutil.rmtree(build / "generated", ignore_errors=True)
@@ -486,6 +489,7 @@ def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
         shutil.rmtree(build)  # the next attempt starts afresh
         raise UserError(f"report: {wrong}; the log is {shown_path(kept)}")
     write_atomically(pdf, lambda part: shutil.copy(build / "report.pdf", part))
+    (build / "finished").touch()
     kept.unlink(missing_ok=True)
     sticking_out = re.finditer(r"^Overfull .*?\(([\d.]+)pt too (?:wide|high)\).*$", log, flags=re.MULTILINE)
     return [found.group() for found in sticking_out if float(found[1]) > 2]

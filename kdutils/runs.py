@@ -2,17 +2,21 @@
 
 import contextlib
 import csv
+import errno
 import functools
+import glob
 import hashlib
 import io
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +29,18 @@ from torch import Tensor
 
 from kdutils.settings import ROOT, Settings, UserError, checked, default_of, read_profile, shown_path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
 FORMAT = 2  # raise it when an artefact's content changes its meaning: older ones are then made again
+# what the system says of a disk that is full, read-only or somebody else's
+DISK_ERRORS = {
+    errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM
+}  # fmt: skip
 RESULT_COLUMNS = ("task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
 
 
@@ -66,21 +81,34 @@ def artefact(
 ) -> Artefact:
     """Load the artefact `name` if it was made under the same `key` and is undamaged; else make and write it.
 
-    `make` returns tensors and plain (JSON) facts. A damaged file is made again, with a line that says so.
+    `make` returns tensors and plain (JSON) facts. A damaged file is made again, with a line that says so. Where two
+    processes want the same artefact, one makes it, and the other waits and loads it.
     """
     path = artefact_path(folder, name, key)
-    if path.exists():
-        loaded = _load(path)
-        if isinstance(loaded, tuple) and loaded[1].fingerprint == fingerprint(key):
-            return loaded[1]
-        reason = loaded if isinstance(loaded, str) else "was made under other settings"
-        print(f"{shown_path(path)}: {reason}; made again")
-    start = time.perf_counter()
-    tensors, facts = make()
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    made = Artefact(tensors, facts, fingerprint(key), time.perf_counter() - start)
-    write_artefact(path, key, made)
+    if isinstance(found := _trusted(path, key), Artefact):
+        return found
+    with lock(path):
+        if isinstance(found := _trusted(path, key), Artefact):  # made by another process meanwhile
+            return found
+        if found:
+            print(f"{shown_path(path)}: {found}; made again")
+        _remove_cut_off(folder, path.stem)
+        start = time.perf_counter()
+        tensors, facts = make()
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        made = Artefact(tensors, facts, fingerprint(key), time.perf_counter() - start)
+        write_artefact(path, key, made)
     return made
+
+
+def _trusted(path: Path, key: Mapping[str, Any]) -> Artefact | str:
+    """The artefact in a file, or the reason why it must be made (empty where there is none yet)."""
+    if not path.exists():
+        return ""
+    loaded = _load(path)
+    if isinstance(loaded, str):
+        return loaded
+    return loaded[1] if loaded[1].fingerprint == fingerprint(key) else "was made under other settings"
 
 
 def resumable(
@@ -124,7 +152,7 @@ def read_artefact(path: Path) -> tuple[dict[str, Any], Artefact]:
     """An artefact, and the key it was made under, from a file of any name. Raises `UserError` for a damaged file."""
     loaded = _load(path)
     if not isinstance(loaded, tuple):
-        raise UserError(f"{shown_path(path)}: {loaded}; get it again")
+        raise UserError(f"weights: {shown_path(path)} {loaded}; get it again")
     return loaded
 
 
@@ -138,8 +166,11 @@ def _load(path: Path) -> tuple[dict[str, Any], Artefact] | str:
         return f"cannot be read ({error})"
     if header.get("checksum") != _checksum(tensors, header.get("about", "")):
         return "is damaged (its checksum does not fit)"
-    about = json.loads(header["about"])
-    return about["key"], Artefact(tensors, about["facts"], fingerprint(about["key"]), about["seconds"])
+    try:
+        about = json.loads(header["about"])
+        return about["key"], Artefact(tensors, about["facts"], fingerprint(about["key"]), about["seconds"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # by another program: the checksum fits
+        return "holds no artefact of this project"
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
@@ -147,7 +178,10 @@ def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step."""
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+
+    Raises `UserError` for a disk that is full or that must not be written to; `path` is then as it was.
+    """
     descriptor, name = _temporary_file(path.parent, path.stem, "runs_dir")
     os.close(descriptor)
     temporary = Path(name)
@@ -155,17 +189,137 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if (reason := disk_error(error)) is None:
+            raise
+        raise UserError(
+            f"runs_dir: cannot write {shown_path(path)} ({reason}); free space, or choose another; what was finished "
+            "is kept, and the same command goes on from there"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _remove_cut_off(folder: Path, *stems: str) -> None:
+    """Remove what processes that were killed left half-written; only under the lock of those that write there."""
+    for stem in stems:
+        for cut_off in folder.glob(f".{glob.escape(stem)}.*.tmp"):
+            cut_off.unlink(missing_ok=True)
+
+
+def disk_error(error: Exception) -> str | None:
+    """What the system says, where an error comes from a disk that is full or that must not be written to."""
+    said = re.search(r"os error (\d+)|code: (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    number = int(said[1] or said[2]) if said else getattr(error, "errno", None)
+    return os.strerror(number) if number in DISK_ERRORS else None
+
+
 def _temporary_file(folder: Path, stem: str, setting: str) -> tuple[int, str]:
-    try:
+    with _writing_to(folder, setting):
         folder.mkdir(parents=True, exist_ok=True)
         return tempfile.mkstemp(dir=folder, prefix=f".{stem}.", suffix=".tmp")
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path, setting: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{setting}: cannot write to {shown_path(folder)} ({error.strerror}); free space, or choose another"
+        ) from error
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold what is written to `path` for this process alone; wait, with a line that names the holder, where another
+    holds it: a second notebook, a batch, a machine that shares the folder.
+
+    A process that is killed lets go. Where the file system knows no locks there is a warning in place of one: files
+    are put in place whole, so the worst is that two make the same.
+    """
+    file = path.with_name(f"{path.name}.lock")
+    descriptor = _locked(file, path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file; then it stays, and does no harm
+            file.unlink()
+        with contextlib.suppress(OSError):
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also where a child process has inherited it
+        os.close(descriptor)
+
+
+def _locked(file: Path, path: Path) -> int:
+    told = False
+    while True:
+        with _writing_to(file.parent, "runs_dir"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _try_to_lock(descriptor):
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            if not told:
+                tell(f"{shown_path(path)}: waiting for {holder}, which is at work on it")
+            told = True
+            time.sleep(0.1)
+        elif not _is_there(descriptor, file):  # removed by the process that held it
+            os.close(descriptor)
+        else:
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            with contextlib.suppress(OSError):  # a full disk is told by what is written next
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} (since {since})".encode())
+            return descriptor
+
+
+def _try_to_lock(descriptor: int) -> bool:
+    """Whether this process has the lock now; also where there are none."""
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(descriptor, 1000, os.SEEK_SET)  # behind the holder's name, which others read
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            return False
+        warnings.warn(f"no locks here ({error.strerror}): two runs at once may make the same twice", stacklevel=2)
+    return True
+
+
+def _is_there(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except OSError:
+        return False
+
+
+def tell(text: str) -> None:
+    """Print a line where somebody looks: through the log of a batch run, where there is one."""
+    if "KDUTILS_PROGRESS" in os.environ:
+        with open(os.environ["KDUTILS_PROGRESS"], "a", encoding="utf-8") as log:
+            print(text, file=log)
+    else:
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def lower_if_out_of_memory(what: str, settings: str) -> Iterator[None]:
+    """Turn running out of memory inside into a `UserError` that names the settings to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for CUDA; the CPU's allocator and Apple's GPU raise RuntimeError
+        said = re.search("out of memory|not enough memory|can't allocate memory", str(error))
+        if not said and not isinstance(error, MemoryError):
+            raise
+        raise UserError(
+            f"{what}: memory ran out; lower {settings}; what was finished is kept, and the same command goes on from "
+            "there"
         ) from error
 
 
@@ -207,19 +361,30 @@ def record(
     Returns the path of `results.csv`.
     """
     folder = settings.run_folder
-    made_of = {"settings": settings.digest(), **made_of}
+    with lock(folder / "results.csv"):
+        return _record(settings, notebook, rows, facts, timings, {"settings": settings.digest(), **made_of})
+
+
+def _record(settings, notebook, rows, facts, timings, made_of) -> Path:
+    folder = settings.run_folder
+    _remove_cut_off(folder, "results", "timings", "provenance")
+    _remove_cut_off(folder / "found", notebook)
     mine = {"made_of": made_of, "rows": list(rows), "facts": dict(facts), "timings": list(timings)}
-    write_text(folder / "found" / f"{notebook}.json", json.dumps(mine, indent=1))
+    write_text(folder / "found" / f"{notebook}.json", json.dumps({**mine, "checksum": _json_checksum(mine)}, indent=1))
     found = []
     for path in sorted((folder / "found").glob("*.json")):
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        entry = _read_found(path)
+        if entry is None:
+            print(f"results.csv: leaves out {path.stem}, as {shown_path(path)} is damaged; run that notebook again")
+            continue
         differing = [name for name, checksum in entry["made_of"].items() if made_of.get(name, checksum) != checksum]
         if differing:
             print(f"results.csv: leaves out {path.stem}, which last ran with other {', '.join(differing[:3])}")
         else:
             found.append(entry)
     all_rows = [row for entry in found for row in entry["rows"]]
-    write_text(folder / "results.csv", _as_csv(RESULT_COLUMNS, [[row[c] for c in RESULT_COLUMNS] for row in all_rows]))
+    results = _as_csv(RESULT_COLUMNS, [[row[c] for c in RESULT_COLUMNS] for row in all_rows])
+    write_text(folder / "results.csv", results)
     all_timings = {stage: seconds for entry in found for stage, seconds in entry["timings"]}
     write_text(
         folder / "timings.csv", _as_csv(("stage", "seconds"), [(s, f"{t:.3f}") for s, t in all_timings.items()])
@@ -227,8 +392,27 @@ def record(
     merged: dict[str, Any] = provenance(settings)
     for entry in found:
         merged |= entry["facts"]
+    merged["results"] = results_checksum(results)
     write_text(folder / "provenance.json", json.dumps(merged, indent=1) + "\n")
     return folder / "results.csv"
+
+
+def results_checksum(text: str) -> str:
+    """What `provenance.json` says of the `results.csv` beside it."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_found(path: Path) -> dict[str, Any] | None:
+    """What a notebook found, or None for a damaged file."""
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        return entry if entry.pop("checksum", None) == _json_checksum(entry) else None
+    except (ValueError, AttributeError, TypeError, RecursionError):  # no JSON, or that of something else
+        return None
+
+
+def _json_checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _as_csv(columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -173,6 +174,18 @@ class Settings:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+_REPR = reprlib.Repr()  # a few kilobytes of YAML can stand for more text than there is memory
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxlevel = 2
+
+
+def _short(value: Any) -> str:
+    try:
+        return _REPR.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 _FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 _TEXTS = {name for name, kind in typing.get_type_hints(Settings).items() if kind in (str, str | None)}
 _FLOATS = {name for name, kind in typing.get_type_hints(Settings).items() if kind is float}
@@ -210,7 +223,7 @@ def read_profile(profile: str) -> dict[str, Any]:
         raise UserError(f"profile: {profile!r} is no name; use one of {', '.join(known)}, or the path of a .yaml file")
     path = PROFILES / f"{profile}.yaml" if profile in known else project_path(profile)
     if path.suffix != ".yaml" or not path.is_file():
-        raise UserError(f"profile: there is no '{profile}'; use one of {', '.join(known)}, or the path of a .yaml file")
+        raise UserError(f"profile: there is no {profile!r}; use one of {', '.join(known)}, or the path of a .yaml file")
     return read_yaml(path, "profile")
 
 
@@ -220,8 +233,9 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"{what}: {shown_path(path)} cannot be read ({error.strerror}); give a .yaml file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: numbers, dates and nests of no sense
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "in line")
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason
         raise UserError(f"{what}: {shown_path(path)} is not valid YAML ({reason}); mend that line") from error
     if not isinstance(values, dict):
         raise UserError(f"{what}: {shown_path(path)} must hold lines of 'name: value'")
@@ -247,7 +261,7 @@ def check_names(names: Any, where: str = "parameter") -> None:
         if name not in _FIELDS:
             near = difflib.get_close_matches(str(name), _FIELDS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"the settings are: {', '.join(_FIELDS)}"
-            raise UserError(f"{where}: there is no setting '{name}'; {hint}")
+            raise UserError(f"{where}: there is no setting {str(name)!r:.80}; {hint}")
 
 
 def load_settings(profile: str, **overrides: Any) -> Settings:
@@ -293,7 +307,7 @@ def checked(name: str, value: Any, spelt: str | None = None) -> Any:
     if isinstance(found, tuple):
         found = list(found)
     if not rule.accepts(found):
-        raise UserError(f"{spelt or name}: {value!r:.80} will not do; it must be {rule.text}")
+        raise UserError(f"{spelt or name}: {_short(value)} will not do; it must be {rule.text}")
     if name == "weights" and found not in ("imagenet", "generated", "none"):
         return _normal_path(found)
     if name == "data" and found.startswith("folder:"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdutils.data import Dataset
 from kdutils.losses import combine_teachers, cross_entropy, distillation_loss
 from kdutils.models import SmallCNN, normalise, seeded
-from kdutils.runs import Artefact, artefact, resumable
+from kdutils.runs import Artefact, artefact, lower_if_out_of_memory, resumable
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher
 from kdutils.training import History, Recipe, fit, memory_format, predict
@@ -120,6 +120,10 @@ def _file_name(arm: Arm, seed: int) -> str:
     return "-".join([arm.name, *arm.teacher_names, f"seed{seed}"])
 
 
+def _called(arm: Arm, seed: int) -> str:
+    return f"{' '.join((arm.name, *arm.teacher_names))}, seed {seed}"
+
+
 def fit_student(
     arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None
 ) -> Artefact:
@@ -143,15 +147,16 @@ def fit_student(
         if seed not in start:
             raise UserError(f"arm {arm.name}: there is no student of seed {seed} to start from; train one first")
         key["start"] = start[seed].fingerprint
+    called = _called(arm, seed)
 
     def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
         model = seeded(seed, SmallCNN, len(dataset.classes))
         if start:
             model.load_state_dict(start[seed].state)
-        history = fit(
-            model, **fit_arguments(arm, dataset, settings, seed, pool), checkpoint=checkpoint,
-            name=f"{' '.join((arm.name, *arm.teacher_names))}, seed {seed}",
-        )  # fmt: skip
+        with lower_if_out_of_memory(called, "batch_size"):
+            history = fit(
+                model, **fit_arguments(arm, dataset, settings, seed, pool), checkpoint=checkpoint, name=called
+            )
         return model.state_dict(), {"history": history}
 
     return resumable(settings.run_folder / "students", _file_name(arm, seed), key, make)
@@ -162,8 +167,9 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, po
 
     def make_logits() -> tuple[dict[str, Tensor], dict]:
         model = _network(trained.tensors).to(settings.device)
-        images = {part: normalise(getattr(dataset, part).images) for part in ("train", "val", "test")}
-        return {part: predict(model, x, settings.precision) for part, x in images.items()}, {}
+        with lower_if_out_of_memory(f"{_called(arm, seed)}: logits", "train_size or test_size"):
+            images = {part: normalise(getattr(dataset, part).images) for part in ("train", "val", "test")}
+            return {part: predict(model, x, settings.precision) for part, x in images.items()}, {}
 
     logits_key = {"what": "student's logits", "student": trained.fingerprint, "data": dataset.checksum}
     name = f"{_file_name(arm, seed)}-logits"

@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdutils import shapes
+from kdutils.compat import ensure_torchvision
 from kdutils.data import Dataset, Split
 from kdutils.losses import cross_entropy
 from kdutils.models import Source, backbone_source, cut, fold_batch_norms, load_backbone, normalise, with_state
@@ -20,12 +22,13 @@ from kdutils.runs import (
     artefact,
     artefact_path,
     fingerprint,
+    lower_if_out_of_memory,
     read_artefact,
     resumable,
     tensor_checksum,
     write_artefact,
 )
-from kdutils.settings import Settings, UserError, logits_file, shown_path
+from kdutils.settings import ARCHITECTURES, Settings, UserError, logits_file, shown_path
 from kdutils.training import History, Recipe, autocast, fit, memory_format, predict, progress_lines
 from kdutils.views import Pool, ViewedImages, make_views, view_pixels, view_table
 
@@ -122,6 +125,19 @@ def check_weights(arch: str, dataset: Dataset, settings: Settings) -> None:
         load_backbone(arch, settings.weights)
 
 
+def check_space(dataset: Dataset, settings: Settings, architectures: Sequence[str] = ARCHITECTURES) -> None:
+    """Raise `UserError` where the disk has no room for the teachers' features, before any of them is computed."""
+    needed = sum(FineTuning(arch, dataset, settings).missing_bytes() for arch in architectures)
+    folder = settings.run_folder
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if needed > free:
+        raise UserError(
+            f"runs_dir: the features of {' and '.join(architectures)} will take {needed / 1e9:.2f} GB, but "
+            f"{shown_path(folder)} has {free / 1e9:.2f} GB left; free space, choose another, or lower teacher_size or "
+            "max_shift"
+        )
+
+
 def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) -> Artefact:
     """One seed's fine-tuning for its history alone, scored on the validation images; test images are not looked at.
 
@@ -143,9 +159,10 @@ def prepare_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seeds: 
         return
     parts = [("val", 0)] + [("train", view) for view in range(work.trained_views)]
     for part, view in progress_lines(parts, f"{arch}: features of every view"):
-        for name, key, make in work.feature_blocks(part, view):
-            if not artefact_path(work.feature_folder, name, key).exists():
-                artefact(work.feature_folder, name, key, make)
+        for block in work._blocks(part):
+            place = work._block_place(part, block, view)
+            if not artefact_path(*place).exists():
+                artefact(*place, partial(work.block_features, part, block, view))
 
 
 def teach(teacher: Teacher, pool: Pool, dataset: Dataset, settings: Settings) -> Teacher:
@@ -224,7 +241,13 @@ def _from_logits(path: Path, arch: str, dataset: Dataset, settings: Settings) ->
                 f"weights: the logits in {shown_path(path)} were made with {called} = {key.get(name)!r:.150}, not "
                 f"{asked[name]!r:.150}; use those settings and data, or give the ResNet's weights"
             )
-    return _teacher(found, settings)
+    try:
+        return _teacher(found, settings)
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"weights: the logits in {shown_path(path)} are not of a whole teacher; get the file again, or give the "
+            "ResNet's weights"
+        ) from error
 
 
 class FineTuning:
@@ -235,7 +258,6 @@ class FineTuning:
         self.trainable = "all" if settings.weights == "none" else settings.of_teacher(arch, "trainable")
         self.folder = settings.run_folder / "teachers"
         self.name = f"{arch}-{self.trainable}"
-        self.feature_folder = self.folder / f"{self.name}-features"
         self.num_views = len(view_table(**settings.views))
         self.feature_seconds = 0.0
         self._checksums: dict[tuple[str, int], str] = {}
@@ -299,7 +321,9 @@ class FineTuning:
 
     def logits(self) -> Artefact:
         """The artefact that a `Teacher` is made of."""
-        return artefact(self.folder, f"{self.name}-logits", self.logits_key, self.make)
+        made = artefact(self.folder, f"{self.name}-logits", self.logits_key, self.make)
+        shutil.rmtree(self.logits_path.with_suffix(".views"), ignore_errors=True)
+        return made
 
     @cached_property
     def trained_views(self) -> int:
@@ -333,22 +357,44 @@ class FineTuning:
         if self.trainable == "all":
             return normalise(_pixels(self.viewed[part], slice(None), view))
         found = []
-        for name, key, make in self.feature_blocks(part, view):
-            one = artefact(self.feature_folder, name, key, make)
+        for block in self._blocks(part):
+            make = partial(self.block_features, part, block, view)
+            one = artefact(*self._block_place(part, block, view), make)
             self.feature_seconds += one.seconds
             found.append(one.tensors["features"])
         return torch.cat(found).to(self.settings.device)
 
-    def feature_blocks(self, part: str, view: int) -> Iterator[tuple[str, dict[str, Any], Callable[[], tuple]]]:
-        """Name, key and making of the artefacts that hold the features of a part in one view."""
-        count = len(self.viewed[part].padded)
-        for first in range(0, count, BLOCK):
-            block = slice(first, min(first + BLOCK, count))
-            key = {
-                **self.prefix_key, "images": self._block_checksum(part, block),
-                "view": self.viewed[part].table[view].tolist(),
-            }  # fmt: skip
-            yield f"view{view:03d}", key, partial(self.block_features, part, block, view)
+    def _blocks(self, part: str) -> list[slice]:
+        count = len(getattr(self.dataset, part).labels)
+        return [slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK)]
+
+    def _block_place(self, part: str, block: slice, view: int) -> tuple[Path, str, dict[str, Any]]:
+        """The folder, name and key of the features of some images of a part, all in one view."""
+        key = {
+            **self.prefix_key, "images": self._block_checksum(part, block),
+            "view": self.viewed[part].table[view].tolist(),
+        }  # fmt: skip
+        return self.folder / f"{self.name}-features", f"view{view:03d}", key
+
+    def missing_bytes(self) -> int:
+        """How much more the features of every view will take on the disk; 0 where the teacher is made, or its
+        logits are kept."""
+        settings = self.settings
+        if self.trainable == "all" or logits_file(settings.weights, self.arch) is not None:
+            return 0
+        if any(self.folder.glob(f"{self.name}-logits-*.safetensors")) and self.logits_path.exists():
+            return 0
+        jobs = [("val", 0), ("test", 0)] + [("train", view) for view in range(self.num_views)]
+        images = sum(
+            block.stop - block.start
+            for part, view in jobs
+            for block in self._blocks(part)
+            if not artefact_path(*self._block_place(part, block, view)).exists()
+        )
+        with torch.device("meta"):  # shapes alone, no numbers
+            model = getattr(ensure_torchvision().models, self.arch)()
+            prefix = cut(model, self.trainable, settings.teacher_size, len(self.dataset.classes), 0)[0]
+            return images * prefix(torch.empty(1, 3, *self.dataset.val.images.shape[-2:])).numel() * 2  # float16
 
     def _block_checksum(self, part: str, block: slice) -> str:
         """Of the images alone: another split of the same images finds the blocks that stayed together."""
@@ -360,10 +406,17 @@ class FineTuning:
     def block_features(self, part: str, block: slice, view: int) -> tuple[dict[str, Tensor], dict]:
         """The frozen prefix's features float16 of some images of a part, all in one view, as an artefact's content."""
         frozen, found = self.frozen, []
-        for pixels in _pixels(self.viewed[part], block, view).split(250):
-            with torch.inference_mode(), autocast(self.settings.device, self.settings.precision):
-                found.append(frozen(normalise(pixels)).half())
-        return {"features": torch.cat(found)}, {}
+        with lower_if_out_of_memory(f"{self.name}: features", "teacher_size"):
+            for pixels in _pixels(self.viewed[part], block, view).split(250):
+                with torch.inference_mode(), autocast(self.settings.device, self.settings.precision):
+                    found.append(frozen(normalise(pixels)).half())
+            features = torch.cat(found)
+        if not features.isfinite().all():
+            raise UserError(
+                f"weights: with these, {self.arch} gives features that are not finite ({self.source.description}); "
+                "give weights that are undamaged and of this network"
+            )
+        return {"features": features}, {}
 
     @cached_property
     def frozen(self) -> nn.Module:
@@ -377,11 +430,9 @@ class FineTuning:
 
     def fit(self, seed: int, checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
         """Fit a seed's suffix: its tensors and its history."""
-        suffix = self.cut(seed)[1]
-        history = fit(
-            suffix, **self.fit_arguments(seed), checkpoint=checkpoint,
-            name=f"{self.arch}, {self.trainable}, seed {seed}",
-        )  # fmt: skip
+        suffix, name = self.cut(seed)[1], f"{self.arch}, {self.trainable}, seed {seed}"
+        with lower_if_out_of_memory(name, "teacher_batch_size or feature_memory_gb"):
+            history = fit(suffix, **self.fit_arguments(seed), checkpoint=checkpoint, name=name)
         return suffix.state_dict(), {"history": history}
 
     def fit_arguments(self, seed: int) -> dict[str, Any]:
@@ -408,13 +459,12 @@ class FineTuning:
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
     @cached_property
-    def fitted(self) -> list[nn.Module]:
-        """The fitted suffixes, one a teacher seed."""
-        suffixes = []
+    def fitted(self) -> dict[int, nn.Module]:
+        """The fitted suffixes by teacher seed."""
+        suffixes = {}
         for seed in self.settings.teacher_seeds:
-            suffix = memory_format(self.cut(seed)[1].to(self.settings.device))
-            suffix.load_state_dict(self.suffix(seed).tensors)
-            suffixes.append(suffix)
+            suffixes[seed] = memory_format(self.cut(seed)[1].to(self.settings.device))
+            suffixes[seed].load_state_dict(self.suffix(seed).tensors)
         return suffixes
 
     def label(self, pool: Pool, view: int) -> Tensor:
@@ -428,7 +478,7 @@ class FineTuning:
                 x = normalise(pool.pixels(index, torch.full_like(index, view)))
                 with torch.inference_mode(), autocast(settings.device, settings.precision):
                     x = frozen(x).half() if self.trainable != "all" else x
-                found.append(torch.stack([predict(suffix, x, settings.precision) for suffix in fitted]).half())
+                found.append(torch.stack([predict(suffix, x, settings.precision) for suffix in fitted.values()]).half())
             return {"logits": torch.cat(found, dim=1)}, {}
 
         key = self.key("labels", seeds=settings.teacher_seeds, pool=pool.fingerprint, view=view)
@@ -437,17 +487,20 @@ class FineTuning:
     def make(self) -> tuple[dict[str, Tensor], dict]:
         """The logits of every seed for every (index, view), and what else a `Teacher` is made of."""
         settings = self.settings
+        check_space(self.dataset, settings, [self.arch])
         fitted = {seed: self.suffix(seed) for seed in settings.teacher_seeds}
         suffixes = self.fitted
         prefix_parameters = sum(p.numel() for p in self.cut(0)[0].parameters())
-        trained = sum(p.numel() for p in suffixes[0].parameters())
+        trained = sum(p.numel() for p in suffixes[settings.teacher_seeds[0]].parameters())
         self.cached, self.feature_seconds = None, 0.0
         jobs = [("val", 0), ("test", 0)] + [("train", view) for view in range(self.num_views)]
         logits: dict[str, list[Tensor]] = {"val": [], "test": [], "train": []}
         for part, view in progress_lines(jobs, f"{self.arch}: logits of every view"):
-            x = self.features(part, view)
-            one = [predict(suffix, x, settings.precision, batch_size=250) for suffix in suffixes]
-            logits[part].append(torch.stack(one).half())
+            # each view is kept until all are there: this may take as long as the fitting
+            key = {"what": "logits of a view", "logits": fingerprint(self.logits_key), "part": part, "view": view}
+            make = partial(self.view_logits, suffixes, part, view)
+            one = artefact(self.logits_path.with_suffix(".views"), f"{part}{view:03d}", key, make)
+            logits[part].append(one.tensors["logits"])
         tensors = {
             "val": logits["val"][0], "test": logits["test"][0],
             "train": torch.stack(logits["train"], dim=2),  # [S, N, V, C]
@@ -461,6 +514,20 @@ class FineTuning:
             "parameters_total": prefix_parameters + trained, "parameters_trained": trained,
             "views_trained": self.trained_views, "feature_seconds": self.feature_seconds,
         }  # fmt: skip
+
+    def view_logits(self, suffixes: dict[int, nn.Module], part: str, view: int) -> tuple[dict[str, Tensor], dict]:
+        """The logits float16 [S, N, C] of every seed's suffix for one view of a part, as an artefact's content."""
+        found, precision = [], self.settings.precision
+        with lower_if_out_of_memory(f"{self.name}: logits", "teacher_size"):
+            x = self.features(part, view)
+            for seed, suffix in suffixes.items():
+                found.append(predict(suffix, x, precision, batch_size=250).half())
+                if not found[-1].isfinite().all():
+                    raise UserError(
+                        f"{self.name}, seed {seed}: its logits of the {part} images are too large for float16; lower "
+                        f"{self.arch}_learning_rate or raise teacher_label_smoothing"
+                    )
+        return {"logits": torch.stack(found)}, {}
 
 
 def _pixels(viewed: ViewedImages, block: slice, view: int) -> Tensor:
@@ -477,7 +544,7 @@ def _generated(arch: str, settings: Settings) -> tuple[Source, dict[str, Tensor]
         "what": "pre-training on generated images", "classes": list(shapes.OTHER_SHAPES), "images": count,
         "arch": arch, "size": how.size, "recipe": dataclasses.asdict(recipe), "precision": how.precision,
     }  # fmt: skip
-    made = artefact(settings.run_folder / "pretrained", arch, key, partial(_pretrain_generated, how, count))
+    made = resumable(settings.run_folder / "pretrained", arch, key, partial(_pretrain_generated, how, count))
     accuracy = made.facts["history"]["val_accuracy"][-1]
     description = (
         f"pre-trained here for {recipe.epochs} epochs on {count:,} generated images of "
@@ -486,12 +553,14 @@ def _generated(arch: str, settings: Settings) -> tuple[Source, dict[str, Tensor]
     return Source(description, True, made.fingerprint, {}), made.tensors
 
 
-def _pretrain_generated(how: Pretraining, count: int) -> tuple[dict[str, Tensor], dict]:
+def _pretrain_generated(how: Pretraining, count: int, checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
     """Pre-train a whole ResNet on generated images of shapes that shapes10 does not have."""
     names = list(shapes.OTHER_SHAPES)
     train, val = (
         Split(*shapes.draw(names, images, seed)).to(how.device)
         for images, seed in ((count, 1000), (max(100, count // 8), 1001))
     )
-    state, history = pretrain(how, train, val, len(names), name=f"{how.arch}: pre-training on other shapes")
+    name = f"{how.arch}: pre-training on other shapes"
+    with lower_if_out_of_memory(name, "teacher_size or generated_images"):
+        state, history = pretrain(how, train, val, len(names), name=name, checkpoint=checkpoint)
     return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}, {"history": history}

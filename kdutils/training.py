@@ -19,7 +19,8 @@ from kdutils.runs import write_atomically
 from kdutils.settings import UserError, shown_path
 
 History = dict[str, list[float]]
-CHECKPOINT_EVERY = 15.0  # seconds
+# seconds between checkpoints, at least: within an epoch; at its end, so that what is cut goes on within one epoch
+CHECKPOINT_EVERY, CHECKPOINT_AT_END = 15.0, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,8 @@ def fit(
     of an epoch is left out. `last_layer_factor`: the learning rate of the layer called `fc`, in terms of the recipe's.
     With a `checkpoint` path, a training that was cut goes on from the step it was last saved at.
 
-    Raises `TrainingError` when an epoch's loss is not finite, or that of an epoch so far where it would be saved.
+    Raises `TrainingError` when an epoch's loss or the logits after it are not finite, or the loss of an epoch so far
+    where it would be saved.
     """
     device = labels.device
     memory_format(model.to(device))
@@ -100,12 +102,14 @@ def fit(
     first, first_step, total, correct = (t.to(device) if isinstance(t, Tensor) else t for t in saver.restore())
 
     def mean_loss(epoch: int, step: int) -> float:
-        mean = total.item() / step
-        if not math.isfinite(mean):
+        return finite(total.item() / step, "the loss", epoch)
+
+    def finite(value: float, what: str, epoch: int) -> float:
+        if not math.isfinite(value):
             raise TrainingError(
-                f"{name}: the loss is {mean} in epoch {epoch + 1} (seed {seed}); lower the learning rate"
+                f"{name}: {what} is {value} in epoch {epoch + 1} (seed {seed}); lower the learning rate"
             )
-        return mean
+        return value
 
     with _progress(name, recipe.epochs, steps, first + first_step / steps) as report:
         for epoch in range(first, recipe.epochs):
@@ -127,11 +131,12 @@ def fit(
                 correct += (logits.detach().argmax(dim=1) == labels[batch]).sum()
                 if step < steps:
                     report.step(epoch, step)
-                    if saver.is_due():
+                    if saver.is_due(CHECKPOINT_EVERY):
                         mean_loss(epoch, step)  # what is not finite must not be saved
                         saver.save(epoch, step, total, correct)
-            logits = predict(model, validation[0], precision=precision)
             history["train_loss"].append(mean_loss(epoch, steps))
+            logits = predict(model, validation[0], precision=precision)
+            finite(logits.abs().max().item(), "the largest of the validation images' logits", epoch)
             labelled = (labels[order[: steps * batch_size]] >= 0).sum().item()
             history["train_accuracy"].append(correct.item() / max(1, labelled))
             history["val_loss"].append(F.cross_entropy(logits, validation[1]).item())
@@ -139,7 +144,7 @@ def fit(
             report.epoch(history)
             first_step = 0
             total, correct = torch.zeros_like(total), torch.zeros_like(correct)
-            if epoch + 1 < recipe.epochs and saver.is_due():
+            if epoch + 1 < recipe.epochs and saver.is_due(CHECKPOINT_AT_END):
                 saver.save(epoch + 1, 0, total, correct)
     model.eval()
     return history
@@ -194,10 +199,11 @@ class _Saver:
 
     def __init__(self, path: Path | None, parts: dict, history: History):
         self.path, self.parts, self.history = path, parts, history
-        self.due = time.monotonic() + CHECKPOINT_EVERY
+        self.last, self.cost = time.monotonic(), 0.0
 
-    def is_due(self) -> bool:
-        return self.path is not None and time.monotonic() >= self.due
+    def is_due(self, every: float) -> bool:
+        """Whether so many seconds have passed since the last one; writing takes a sixtieth of the time at most."""
+        return self.path is not None and time.monotonic() - self.last >= max(every, CHECKPOINT_EVERY * 4 * self.cost)
 
     def save(self, epoch: int, step: int, total: Tensor, correct: Tensor) -> None:
         start = time.monotonic()
@@ -212,10 +218,12 @@ class _Saver:
             with temporary.open("wb") as file:
                 file.write(checksum)
                 file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())  # a machine that goes down now must find the new one or the old one whole
 
         write_atomically(self.path, write)
-        now = time.monotonic()
-        self.due = now + CHECKPOINT_EVERY * max(1.0, 4 * (now - start))  # writing takes a sixtieth of the time at most
+        self.last = time.monotonic()
+        self.cost = self.last - start
 
     def restore(self) -> tuple[int, int, Tensor, Tensor]:
         """Load a checkpoint where there is an undamaged one: the epochs and steps done, and that epoch's sums."""

@@ -12,54 +12,10 @@ from kdutils.runs import record
 from kdutils.settings import ROOT, UserError, load_settings
 
 
-@pytest.mark.parametrize("parameters, fragments", [
-    (["temprature", "3"], ["temprature", "did you mean 'temperature'?"]),
-    (["temperature", "0"], ["temperature: '0'", "above 0"]),
-    (["temperature", "-1"], ["temperature: '-1'", "above 0"]),
-    (["temperature", "nan"], ["temperature: 'nan'", "finite"]),
-    (["temperature", "hot"], ["temperature: 'hot'", "finite number above 0"]),
-    (["alpha", "1.5"], ["alpha: '1.5'", "from 0 to 1"]),
-    (["alpha", "-0.1"], ["alpha: '-0.1'", "from 0 to 1"]),
-    (["seeds", "[]"], ["seeds: '[]'", "one or more different whole numbers"]),
-    (["seeds", "[0, 0]"], ["seeds: '[0, 0]'", "different"]),
-    (["seeds", "abc"], ["seeds: 'abc'", "[0, 1, 2]"]),
-    (["epochs", "many"], ["epochs: 'many'", "a whole number"]),
-    (["epochs", ""], ["epochs: ''", "a whole number"]),
-    (["shift_step", "2"], ["shift_step: 2", "max_shift = 1"]),
-    (["batch_size", "41"], ["batch_size", "train_size = 40"]),
-    (["train_size", "100000"], ["shapes10", "12000"]),
-    (["test_size", "100000"], ["shapes10", "10000"]),
-    (["data", "mnist"], ["data: 'mnist'", "folder:PATH"]),
-    (["data", "folder:no/such/place"], ["data: ", "no/such/place/train"]),
-    (["data_name", "CIFAR-10"], ["data_name: 'CIFAR-10'"]),
-    (["weights", "no/such/place"], ["weights: ", "no/such/place"]),
-    (["device", "abacus"], ["device: 'abacus'", "'cpu'"]),
-    (["epochs", "1", "-p", "epochs", "2"], ["epochs: given twice ('1' and '2')", "keep one"]),
-    (["epochs", "1", "-p", "epochs", "1"], ["epochs: given twice"]),
-    (["profile", "demo"], ["--profile"]),
-])  # fmt: skip
-def test_bad_input_is_one_line_and_nothing_is_trained(error_of, tmp_path, tiny_profile, parameters, fragments):
-    message = error_of(["run", "--profile", tiny_profile(), "-p", *parameters])
-    assert all(fragment in message for fragment in fragments), message
-    assert not list((tmp_path / "runs").rglob("*"))
-
-
 @pytest.mark.parametrize("command", ["run", "report", "results"])
 def test_every_command_checks_its_profile_and_parameters(error_of, command):
     assert "there is no 'demmo'" in error_of([command, "--profile", "demmo"])
     assert "did you mean 'epochs'?" in error_of([command, "--profile", "demo", "-p", "epohcs", "3"])
-
-
-@pytest.mark.parametrize("command", ["report", "results"])
-def test_without_a_run_there_is_nothing_to_show(error_of, tiny_profile, tmp_path, command):
-    message = error_of([command, "--profile", tiny_profile()])
-    assert "results.csv" in message and "run the notebooks first" in message
-    assert not (tmp_path / "runs").exists()
-
-
-def test_there_is_nothing_to_typeset_in_an_empty_folder(error_of, tmp_path):
-    message = error_of(["report", "--pdf-only", "--out", str(tmp_path)])
-    assert str(tmp_path / "generated") in message and "make report" in message
 
 
 @pytest.mark.parametrize("arguments", [
@@ -126,17 +82,6 @@ def test_an_error_of_the_program_is_not_hidden(monkeypatch):
     monkeypatch.setattr(pipeline, "run", run)
     with pytest.raises(ZeroDivisionError):
         main(["run", "--profile", "demo"])
-
-
-def test_it_works_from_any_folder(tmp_path):
-    """As a process of its own: the profile is found, the error is one line, and there is no traceback."""
-    result = subprocess.run(
-        [sys.executable, "-m", "kdutils", "run", "--profile", "demo", "-p", "alpha", "7"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: alpha: '7'") and result.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_relative_paths_are_the_projects_wherever_one_stands(tmp_path, monkeypatch, tiny):

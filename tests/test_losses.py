@@ -341,3 +341,27 @@ def test_other_soft_terms_are_weighed_against_the_labels_in_the_same_way(mixed, 
     expected = alpha * soft(student, teacher) + (1 - alpha) * cross_entropy(student, LABELS, 0.1)
     found = mixed(student, teacher, LABELS, alpha=alpha, label_smoothing=0.1, **values)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 7), st.integers(2, 9), st.floats(0.3, 20), st.floats(0, 1), st.floats(0, 0.9))
+def test_any_batch_temperature_and_weights(seed, batch, classes, temperature, alpha, smoothing):
+    """Not negative, blind to a shift of an image's logits and to the order of images and classes; true gradients."""
+    student, teacher, other = (logits(seed + i, batch, classes) for i in range(3))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-1, classes, (batch,), generator=generator)
+    target = combine_teachers([teacher, other], "mean_prob", temperature)
+
+    def loss(s, t=target, y=labels):
+        return distillation_loss(s, t, y, temperature, alpha, smoothing)
+
+    value = loss(student)
+    assert value > -1e-12 and torch.autograd.gradcheck(loss, student.clone().requires_grad_())
+    shift = 10 * torch.randn(batch, 1, generator=generator, dtype=torch.float64)
+    rows, columns = torch.randperm(batch, generator=generator), torch.randperm(classes, generator=generator)
+    new_label = torch.where(labels < 0, labels, columns.argsort()[labels])
+    for same in (
+        loss(student + shift), loss(student, target - shift), loss(student[rows], target[rows], labels[rows]),
+        loss(student[:, columns], target[:, columns], new_label),
+    ):  # fmt: skip
+        torch.testing.assert_close(same, value, rtol=1e-9, atol=1e-11)

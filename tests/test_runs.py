@@ -1,13 +1,31 @@
 """kdutils.runs: artefacts are made once and trusted only while they fit; what a run found is written in one order."""
 
 import csv
+import errno
 import json
+import multiprocessing
 import shlex
+import socket
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kdutils.runs import RESULT_COLUMNS, artefact, provenance, record, rerun_command, write_atomically, write_text
+from kdutils import runs
+from kdutils.runs import (
+    RESULT_COLUMNS,
+    artefact,
+    artefact_path,
+    lock,
+    provenance,
+    record,
+    rerun_command,
+    results_checksum,
+    write_atomically,
+    write_text,
+)
 from kdutils.settings import ROOT, UserError, load_settings
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float16).reshape(2, 3), "b": torch.tensor([True, False])}
@@ -240,3 +258,120 @@ def test_provenance_says_what_the_numbers_depend_on(tiny):
     assert (found["device"], found["precision"]) == ("cpu", "float32")
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"python", "commit", "command"} <= set(found)
+
+
+# Two at once, and disks
+
+
+def hold(path, pipe):
+    """In a process of its own: hold the lock of `path` until told to let go, or killed."""
+    with lock(path):
+        pipe.send("held")
+        pipe.recv()
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of `x` in the test's folder, and the pipe that tells it to let go."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=hold, args=(tmp_path / "x", there))
+    process.start()
+    assert here.recv() == "held"
+    yield process, here
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize("end", ["it lets go", "it is killed"])
+def test_who_comes_second_is_told_who_is_at_work_and_waits(tmp_path, holder, capsys, end):
+    process, pipe = holder
+    order = []
+
+    def second():
+        with lock(tmp_path / "x"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    while not (said := capsys.readouterr().out):
+        thread.join(0.05)
+    assert said.count("\n") == 1 and str(tmp_path / "x") in said and "waiting for process" in said
+    assert f"process {process.pid} on {socket.gethostname()} (since " in said
+    order.append("first")
+    pipe.send("go") if end == "it lets go" else process.kill()
+    thread.join()
+    assert order == ["first", "second"] and list(tmp_path.iterdir()) == []
+
+
+def test_who_waited_loads_what_the_other_made(tmp_path, capsys):
+    """Threads, each with a lock of its own: the slow maker is asked once."""
+    make, found = Maker(), []
+
+    def slow():
+        time.sleep(0.3)
+        return make()
+
+    threads = [threading.Thread(target=lambda: found.append(artefact(tmp_path, "x", {}, slow))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert make.calls == 1 and len(found) == 4 and all(map(same, found)) and len(list(tmp_path.iterdir())) == 1
+    assert capsys.readouterr().out.count("waiting for process") == 3
+
+
+def test_in_a_batch_waiting_is_told_in_its_log(tmp_path, holder, monkeypatch, capsys):
+    monkeypatch.setenv("KDUTILS_PROGRESS", str(tmp_path / "log"))
+    thread = threading.Thread(target=lambda: lock(tmp_path / "x").__enter__())
+    thread.start()
+    while not (tmp_path / "log").exists():
+        thread.join(0.05)
+    holder[1].send("go")
+    thread.join()
+    assert "waiting for process" in (tmp_path / "log").read_text() and capsys.readouterr().out == ""
+
+
+def test_where_there_are_no_locks_there_is_a_warning_and_the_work_goes_on(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8))
+    with pytest.warns(UserWarning, match="no locks here .*two runs at once may make the same twice"):
+        assert same(artefact(tmp_path, "x", {}, Maker()))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_half_written_goes_when_it_is_made_again(tmp_path, tiny):
+    (tmp_path / ".x-0.abc.tmp").write_text("of another artefact, which may be at work")
+    cut_off = tmp_path / f".{artefact_path(tmp_path, 'x', {}).stem}.abc.tmp"
+    cut_off.write_text("half")
+    artefact(tmp_path, "x", {}, Maker())
+    assert not cut_off.exists() and (tmp_path / ".x-0.abc.tmp").exists()
+    folder = tiny().run_folder
+    (folder / "found").mkdir(parents=True)
+    for name in ("results", "found/01"):
+        path = folder / name
+        path.with_name(f".{path.name}.abc.tmp").write_text("half")
+    record(tiny(), "01", [], {}, [], {})
+    assert not list(folder.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text.replace("0.500000", "0.900000"), lambda text: "[]"],
+                         ids=["cut", "changed", "something else"])  # fmt: skip
+def test_a_damaged_record_is_left_out_with_a_line(tiny, capsys, damage):
+    record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [], {})
+    path = tiny().run_folder / "found" / "01_small_cnn.json"
+    path.write_text(damage(path.read_text()))
+    results = record(tiny(), "03_one_teacher", rows(3, "kd"), {}, [], {})
+    assert "scratch" not in results.read_text() and results.read_text().count("kd") == 2
+    said = capsys.readouterr().out
+    assert "leaves out 01_small_cnn" in said and "damaged; run that notebook again" in said
+    record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [], {})
+    assert results.read_text().count("scratch") == 2
+
+
+def test_the_provenance_knows_the_results_beside_it(tiny):
+    path = record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [], {})
+    found = json.loads((path.parent / "provenance.json").read_text())["results"]
+    assert found == results_checksum(path.read_text()) != results_checksum(path.read_text() + "\n")

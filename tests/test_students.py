@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -603,3 +604,96 @@ def test_damaged_logits_are_named(kept, toy_data, damage):
     _, path, settings = kept
     path.write_bytes(damage(path.read_bytes()))
     assert str(path) in message_of(fine_tune, "resnet18", toy_data, settings())
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_weights_that_give_no_finite_features_are_named(teacher_settings, toy_data, tmp_path, value):
+    state = random_resnet18().state_dict()
+    state["layer3.0.conv1.weight"][0] = value
+    state["layer3.1.bn2.weight"] *= value
+    save_file(state, tmp_path / "weights" / "resnet18.safetensors")
+    message = message_of(fine_tune, "resnet18", toy_data, teacher_settings(**FAST))
+    assert message.startswith("weights: ") and "resnet18" in message and "not finite" in message
+
+
+def test_logits_too_large_to_be_kept_are_named(teacher_settings, toy_data, monkeypatch):
+    monkeypatch.setattr(teachers, "predict", lambda suffix, x, *_, **__: torch.full((len(x), 10), 1e5))
+    message = message_of(fine_tune, "resnet18", toy_data, teacher_settings(**FAST))
+    assert "resnet18-last_layer, seed 0" in message and "lower resnet18_learning_rate" in message
+
+
+@pytest.mark.parametrize("name, what, setting", [
+    ("fit", "resnet18, last_layer, seed 0", "teacher_batch_size or feature_memory_gb"),
+    ("normalise", "features", "teacher_size"), ("predict", "logits", "teacher_size"),
+])  # fmt: skip
+def test_where_memory_runs_out_the_setting_to_lower_is_named(teacher_settings, toy_data, monkeypatch, name, what, setting):
+    def out_of_memory(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(teachers, name, out_of_memory)
+        message = message_of(fine_tune, "resnet18", toy_data, teacher_settings(**FAST))
+    assert what in message and f"memory ran out; lower {setting}; what was finished is kept" in message
+    assert len(fine_tune("resnet18", toy_data, teacher_settings(**FAST)).runs) == 1
+
+
+def test_another_error_of_the_program_is_not_taken_for_memory(teacher_settings, toy_data, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(teachers, "fit", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        fine_tune("resnet18", toy_data, teacher_settings(**FAST))
+
+
+def test_a_pass_over_all_views_goes_on_at_the_view_where_it_was_cut(teacher_settings, toy_data, monkeypatch):
+    settings = teacher_settings(**FAST)
+    whole = fine_tune("resnet18", toy_data, teacher_settings(**FAST, runs_dir=str(settings.run_folder / "elsewhere")))
+    real, calls = teachers.predict, []
+
+    def cut(*arguments, **named):
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(teachers, "predict", cut)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune("resnet18", toy_data, settings)
+    same_teacher(fine_tune("resnet18", toy_data, settings), whole)
+    assert len(calls) == 5  # val, test and two views, one of them begun twice
+    assert not list(settings.run_folder.rglob("*.views")) and not list(settings.run_folder.rglob("*.lock"))
+
+
+def test_there_must_be_room_for_the_features_that_are_missing(teacher_settings, toy_data, monkeypatch):
+    settings = teacher_settings(**FAST, teacher_views=1)
+    monkeypatch.setattr(teachers.shutil, "disk_usage", lambda _: SimpleNamespace(free=512 * 2 * 100 - 1))  # 100 images
+    message = message_of(teachers.check_space, toy_data, settings, ["resnet18"])
+    assert message.startswith("runs_dir: ") and str(settings.run_folder) in message and "free space" in message
+    teachers.FineTuning("resnet18", toy_data, settings).features("val", 0)
+    teachers.check_space(toy_data, settings, ["resnet18"])  # there are fewer to come
+
+
+def test_the_order_in_which_things_are_made_does_not_matter(teacher_settings, toy_data, tmp_path):
+    """Students before teachers or after, seeds in either order, made in one run folder or loaded in it."""
+    def made(folder, steps):
+        settings = teacher_settings(**FAST, seeds=[0, 1], runs_dir=str(tmp_path / folder))
+        found = {}
+        for step, seeds in steps:
+            used = dataclasses.replace(settings, seeds=seeds)
+            torch.manual_seed(len(found))
+            torch.rand(len(found))
+            arm = Arm("scratch", cross_entropy)
+            if step == "kd":
+                distil = partial(distillation_loss, temperature=4.0, alpha=0.9)
+                arm = Arm("kd", distil, (fine_tune("resnet18", toy_data, used),))
+            found |= {(step, run.seed): run for run in train_students(arm, toy_data, used)}
+        return found
+
+    one = made("one", [("scratch", [0, 1]), ("kd", [0, 1])])
+    other = made("other", [("kd", [1]), ("scratch", [1, 0]), ("kd", [0])])
+    again = made("one", [("kd", [0, 1]), ("scratch", [0, 1])])
+    for key, run in one.items():
+        for another in (other[key], again[key]):
+            assert run.fingerprint == another.fingerprint and same_runs([run], [another])
+            assert all(torch.equal(run.logits[part], another.logits[part]) for part in run.logits)

@@ -1,12 +1,15 @@
 """kdutils.training: one fit for everything; a cut training goes on exactly where it was."""
 
+import errno
 import math
+import os
 from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import message_of
 from torch import nn
 
 from kdutils import training
@@ -220,6 +223,7 @@ def cut_training(checkpoint, after_steps, **named):
 @pytest.fixture
 def always_save(monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(training, "CHECKPOINT_AT_END", 0.0)
 
 
 def resume_training(model, checkpoint, **named):
@@ -267,13 +271,17 @@ def clock(monkeypatch):
     return now
 
 
-@pytest.mark.parametrize("after_steps, done", [(3, 0), (4, 4), (7, 4), (8, 8), (11, 8)])
-def test_steps_after_the_last_checkpoint_are_done_again(tmp_path, clock, after_steps, done):
-    """Steps of 4 seconds: saved after 16 and 32, in the second and the third epoch."""
+@pytest.mark.parametrize("seconds, after_steps, done", [
+    (4, 2, 0), (4, 3, 3), (4, 5, 3), (4, 6, 6), (4, 11, 9),  # epochs of 12 s: saved after each
+    (16, 1, 1), (16, 2, 2), (16, 3, 3), (16, 4, 4),  # of 48 s: in the middle too
+    (0.1, 4, 0), (0.2, 5, 0), (0.2, 7, 6), (0.2, 11, 6),  # shorter than a second
+])  # fmt: skip
+def test_steps_after_the_last_checkpoint_are_done_again(tmp_path, clock, seconds, after_steps, done):
+    """3 steps an epoch; a step that was cut counts for the clock, and is begun again."""
     whole, resumed, steps, path = network(), network(seed=5 if done else 0), [], tmp_path / "x.checkpoint"
 
     def loss(logits, index, view):
-        clock[0] += 4
+        clock[0] += seconds
         steps.append(None)
         if len(steps) > after_steps:
             raise KeyboardInterrupt
@@ -284,7 +292,7 @@ def test_steps_after_the_last_checkpoint_are_done_again(tmp_path, clock, after_s
     assert resume_training(resumed, path) == (train(whole), 12 - done) and same_state(whole, resumed)
 
 
-@pytest.mark.parametrize("cost, least, most", [(0.1, 15, 20), (1, 60, 65), (2, 120, 125)])
+@pytest.mark.parametrize("cost, least, most", [(0.1, 11, 13), (1, 60, 72), (2, 120, 132)])
 def test_the_longer_a_checkpoint_takes_to_write_the_rarer_it_is(tmp_path, clock, monkeypatch, cost, least, most):
     written = []
 
@@ -300,7 +308,7 @@ def test_the_longer_a_checkpoint_takes_to_write_the_rarer_it_is(tmp_path, clock,
 
     train(network(), recipe(epochs=40), loss=loss, checkpoint=tmp_path / "x.checkpoint")
     gaps = [later - earlier - cost for earlier, later in zip(written, written[1:])]
-    assert 15 <= written[0] < 20 and len(gaps) >= 2 and all(least <= gap < most for gap in gaps), gaps
+    assert written[0] == 12 and len(gaps) >= 2 and all(least <= gap < most for gap in gaps), gaps
     assert cost * len(written) < clock[0] / 50
 
 
@@ -391,6 +399,42 @@ def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, always_save, value, 
     assert len(steps) == step and (path.read_bytes() if path.exists() else None) == saved[-1]
     whole, resumed = network(), network(seed=5 if step > 1 else 0)
     assert resume_training(resumed, path) == (train(whole), 13 - step) and same_state(whole, resumed)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_stop_the_training_though_the_loss_is(value):
+    """A loss may hide them, and images that it never saw may meet them first."""
+    model = network()
+
+    def loss(logits, index, view):
+        model.fc.bias.data[0] = value if len(history) >= 4 else 0.0
+        history.append(None)
+        return logits.nan_to_num(0.0, 0.0, 0.0).square().mean()
+
+    history = []
+    with pytest.raises(TrainingError) as caught:
+        train(model, recipe(learning_rate=1e-9), loss=loss, name="kd resnet50, seed 3", seed=3)
+    message = str(caught.value)
+    assert message.startswith("kd resnet50, seed 3: ") and "logits" in message and "epoch 2" in message
+    assert "lower the learning rate" in message and len(history) == 6
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, always_save, monkeypatch):
+    """The disk is full from the second checkpoint on: told in one line, and the first is good to go on from."""
+    path, fsync = tmp_path / "x.checkpoint", os.fsync
+
+    def full(descriptor):
+        if path.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = message_of(train, network(), checkpoint=path)
+    assert str(path) in message and "No space left on device" in message and "goes on from there" in message
+    assert [file.name for file in tmp_path.iterdir()] == ["x.checkpoint"]
+    monkeypatch.setattr(os, "fsync", fsync)
+    whole, resumed = network(), network(seed=5)
+    assert resume_training(resumed, path) == (train(whole), 11) and same_state(whole, resumed)
 
 
 def test_progress_is_one_plain_line_an_epoch_where_nobody_watches(capsys):

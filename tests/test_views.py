@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdutils.training import draw
 from kdutils.views import NUM_CROPS, crop_pixels, make_views, view_pixels, view_table
@@ -61,6 +63,21 @@ def test_every_view_of_every_image_recomputed(max_shift, shift_step):
     pixels = view_pixels(viewed, index[order], view[order])
     for picture, i, v in zip(pixels, index[order].tolist(), view[order].tolist(), strict=True):
         assert torch.equal(picture, reference(images[i], max_shift, *table[v])), (i, table[v])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_view_of_any_size_of_image_recomputed(data):
+    step, times = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
+    margin = step * times
+    size = data.draw(st.integers(margin + 1, 20))  # reflection needs more pixels than it adds
+    images = random_images(2, size)
+    table = view_table(margin, step).tolist()
+    view, index = data.draw(st.integers(0, len(table) - 1)), data.draw(st.integers(0, 1))
+    (found,) = view_pixels(make_views(images, margin, step), torch.tensor([index]), torch.tensor([view]))
+    assert torch.equal(found, reference(images[index], margin, *table[view]))
+    flipped = table.index([table[view][0], table[view][1], 1 - table[view][2]])
+    assert torch.equal(view_pixels(make_views(images, margin, step), torch.tensor([index]), torch.tensor([flipped]))[0], found.flip(-1))
 
 
 def test_a_picture_depends_on_its_own_pair_alone():
