@@ -36,7 +36,7 @@ def scores(run: StudentRun | TeacherRun, dataset: Dataset) -> Scores:
 
 
 def student_rows(
-    task: int, runs: Sequence[StudentRun], dataset: Dataset, settings: Settings, teachers: Sequence[Teacher] = ()
+    task: int | str, runs: Sequence[StudentRun], dataset: Dataset, settings: Settings, teachers: Sequence[Teacher] = ()
 ) -> list[dict]:
     """Tidy rows of one arm, all seeds: its scores, those of test-time flipping (`accuracy_flip`), and on test images
     how it follows each of the teachers (`agreement_<arch>`, of which the teacher is right or wrong, and the

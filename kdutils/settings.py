@@ -19,6 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "notebooks" / "profiles"
 ARCHITECTURES = ("resnet50", "resnet18")
+STUDY_GROUPS = ("freeze", "controls", "losses", "earlier", "budget", "unlabelled")  # of arms beyond the four tasks' own
 
 
 class UserError(Exception):
@@ -68,6 +69,10 @@ _FRACTION = Rule("a number from 0 to 1", lambda value: _is_number(value) and 0 <
 _SMOOTHING = Rule("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1)
 _TEXT = Rule("a text that is not empty", lambda value: isinstance(value, str) and value.strip() != "")
 _SEEDS = Rule("a list of one or more different whole numbers, such as [0, 1, 2]", _is_seeds)
+_GROUPS = Rule(
+    f"a list of names among {', '.join(STUDY_GROUPS)}, or [] for none",
+    lambda value: isinstance(value, (list, tuple)) and set(value) <= set(STUDY_GROUPS) and len(set(value)) == len(value),
+)
 _OPTIMIZER = _one_of("adam", "adamw", "sgd")
 _SCHEDULE = _one_of("constant", "cosine", "one_cycle")
 _TRAINABLE = _one_of("last_layer", "last_block")
@@ -144,6 +149,8 @@ class Settings:
     generated_epochs: int = _setting(_at_least(1), default=3)
     # How a teacher's suffix is fitted: with fewer views than teacher_views, if their features take more than this
     feature_memory_gb: float = _setting(_POSITIVE, default=4.0)
+    # Groups of further arms, trained by notebooks/study.ipynb; none: the four tasks' own alone
+    study: list[str] = _setting(_GROUPS, default=())
     # The machine
     data_dir: str = _setting(_TEXT, default="data", machine=True)
     runs_dir: str = _setting(_TEXT, default="runs", machine=True)

@@ -22,6 +22,7 @@ from kdutils.losses import (
     standardised_distillation_loss,
 )
 from kdutils.metrics import accuracy
+from kdutils.results import student_rows
 from kdutils.runs import artefact
 from kdutils.settings import Settings, apply_threads, load_settings
 from kdutils.students import Arm, StudentRun, train_students
@@ -50,6 +51,11 @@ class Entry(NamedTuple):
     arm: Arm
     settings: Settings
     pool: Pool | None = None
+
+    def rows(self, runs: Sequence[StudentRun], dataset: Dataset, teachers: Sequence[Teacher] = ()) -> list[dict]:
+        """Tidy rows of its students, with the number of labels they had."""
+        labels = self.settings.train_size if self.pool is None else int((self.pool.labels >= 0).sum())
+        return [row | {"labels": labels} for row in student_rows(self.task, runs, dataset, self.settings, teachers)]
 
 
 class Study:
@@ -119,6 +125,15 @@ class Study:
     @property
     def long(self) -> Settings:
         return dataclasses.replace(self.settings, epochs=LONG)
+
+    def other_part(self, arch: str) -> Teacher:
+        """A ResNet with the other part trained: the last block and layer instead of the last layer, or vice versa, by
+        the recipe of the ResNet whose part that is. It teaches nobody: an image and its mirror image are its views.
+        """
+        other = {"resnet50": "resnet18", "resnet18": "resnet50"}[arch]
+        names = ("trainable", "epochs", "learning_rate", "weight_decay", "last_layer_factor", "standardize")
+        changes = {f"{arch}_{name}": self.settings.of_teacher(other, name) for name in names}
+        return fine_tune(arch, self.dataset, dataclasses.replace(self.settings, max_shift=0, shift_step=1, **changes))
 
     def train(self, entry: Entry, seeds: Sequence[int] | None = None) -> list[StudentRun]:
         """The trained students of an arm; of some seeds only, if asked."""
@@ -196,6 +211,11 @@ def _kd_standardized(study: Study) -> Entry:
     return Entry("3", Arm("kd_standardized", loss, (study.teacher,)), study.settings)
 
 
+def _scratch_equal_steps(study: Study) -> Entry:
+    """The student of the long budget again, as what the two below are held against."""
+    return _scratch_long(study)._replace(task="extra")
+
+
 def _kd_unlabelled(study: Study) -> Entry:
     """The labelled images and the others without labels, for as many steps as the long budget."""
     pool = study.with_rest(labelled=False)
@@ -221,8 +241,18 @@ ENTRIES: dict[str, Callable[[Study], Entry]] = {
     "dkd": _dkd,
     "dist": _dist,
     "kd_standardized": _kd_standardized,
+    "scratch_equal_steps": _scratch_equal_steps,
     "kd_unlabelled": _kd_unlabelled,
     "scratch_all_labels": _scratch_all_labels,
+}
+
+GROUPS = {
+    "freeze": (),  # ResNets alone: `Study.other_part`
+    "controls": ("no_label_smoothing", "kd_shuffled"),
+    "losses": ("dkd", "dist", "kd_standardized"),
+    "earlier": ("scratch_earlier_recipe", "earlier_recipe_longer", "kd_warm_start"),
+    "budget": ("scratch_long", "kd_long"),
+    "unlabelled": ("scratch_equal_steps", "kd_unlabelled", "scratch_all_labels"),
 }
 
 
@@ -231,6 +261,11 @@ def _study(profile: str, parameters: str) -> Study:
     settings = load_settings(profile, **json.loads(parameters))
     apply_threads(settings)
     return Study(settings)
+
+
+def entries_of(groups: Sequence[str]) -> list[str]:
+    """The names of all arms of some groups, in the study's order."""
+    return [name for group, names in GROUPS.items() if group in groups for name in names]
 
 
 def train_entry(profile: str, parameters: str, name: str, seed: int) -> None:
