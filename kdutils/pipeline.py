@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -214,3 +215,42 @@ def _copy_notebook(source: Path, target: Path) -> None:
 def results_frame(folder: Path) -> pd.DataFrame:
     """The results table of a run or of the report, as the terminal, the README and notebook 04 show it."""
     return report.results_table(read_results(folder))
+
+
+def run_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """What a run (or the report) found, by title; `folder` holds its rows, provenance and times."""
+    results, values = read_results(folder), report.result_values(read_results(folder), {})
+    arms = results.sort_values("task", kind="stable")[["arm", "teachers"]].drop_duplicates()
+    parts = {"Train (%)": "train/accuracy", "Validation (%)": "val/accuracy", "Test (%)": "test/accuracy",
+             "Test macro F1": "test/macro_f1", "Test entropy": "test/entropy"}  # fmt: skip
+    by_part, differences = [], []
+    for arm, teachers in arms.itertuples(index=False):
+        named = {"Arm": arm, "Teachers": teachers or "–"}
+        spreads = {title: values.get(f"{arm}/{teachers}/{key}/pm", "–") for title, key in parts.items()}
+        by_part.append(named | spreads)
+        against = f"diff/{'/'.join(filter(None, (arm, teachers)))}/scratch"
+        if f"{against}/ci" in values:
+            interval = {"Points": values[f"{against}/points"], "95 % interval": values[f"{against}/ci"]}
+            differences.append(named | interval)
+    tables = {
+        "Test images": report.results_table(results),
+        "Each part of the data": pd.DataFrame(by_part),
+        "Test accuracy against the student from scratch, paired by seed": pd.DataFrame(differences),
+        "Wall time": times_table(folder),
+    }
+    return {title: table for title, table in tables.items() if len(table)}
+
+
+def times_table(folder: Path) -> pd.DataFrame:
+    """What took how long in a run: a row a stage, all its seeds together, and the total."""
+    times = pd.read_csv(folder / "timings.csv")
+    by_stage = times.groupby(times.stage.str.replace(r", seed \d+$", "", regex=True), sort=False).seconds
+    lines = [{"Stage": stage, "Times": len(seconds), "Took": _minutes(seconds.sum())} for stage, seconds in by_stage]
+    return pd.DataFrame([*lines, {"Stage": "total", "Times": len(times), "Took": _minutes(times.seconds.sum())}])
+
+
+def shown_tables(folder: Path) -> str:
+    """`run_tables` as text, under what they were measured on."""
+    tables = [f"{title}\n\n{report.text_table(table)}" for title, table in run_tables(folder).items()]
+    measured, made_by = readme_note({"weights": {}} | _read_provenance(folder)).replace("`", "").split("\n\n")
+    return "\n\n".join([textwrap.fill(measured, 110), made_by, *tables])

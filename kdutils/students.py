@@ -64,7 +64,7 @@ class StudentRun:
 
     def network(self) -> SmallCNN:
         """The trained student."""
-        return _network(self.state)
+        return student_network(self.state)
 
 
 def student_recipe(settings: Settings) -> Recipe:
@@ -112,7 +112,7 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int) ->
     trained = resumable(folder, name, key, make)
 
     def make_logits() -> tuple[dict[str, Tensor], dict]:
-        model = _network(trained.tensors).to(settings.device)
+        model = student_network(trained.tensors).to(settings.device)
         images = {part: normalise(getattr(dataset, part).images) for part in ("train", "val", "test")}
         return {part: predict(model, x, settings.precision) for part, x in images.items()}, {}
 
@@ -143,7 +143,7 @@ def fit_arguments(arm: Arm, dataset: Dataset, settings: Settings, seed: int) -> 
     }  # fmt: skip
 
 
-def _network(state: dict[str, Tensor]) -> SmallCNN:
+def student_network(state: dict[str, Tensor]) -> SmallCNN:
     model = SmallCNN(state["fc2.bias"].numel())
     model.load_state_dict(state)
     return memory_format(model).eval()
