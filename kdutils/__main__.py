@@ -1,4 +1,4 @@
-"""The command line: python -m kdutils run | report | results | predict | export | sweep | bench | pretrain."""
+"""The command line: python -m kdutils run | report | results | predict | export | sweep | bench | pretrain | stamp."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kdutils import pipeline
+from kdutils import __version__, pipeline
 from kdutils.export import SUFFIX, export_student
 from kdutils.models import pretraining_facts, read_header
 from kdutils.predict import classify, find_student, load_student, prediction_lines, read_pictures
@@ -26,6 +26,7 @@ from kdutils.settings import (
     project_path,
     shown_path,
 )
+from kdutils.stamp import PLACEHOLDER, stamp
 from kdutils.sweeps import read_sweep, run_sweep, sweep_table
 
 EXAMPLES = {
@@ -63,6 +64,10 @@ A file takes pixels, uint8 [N, 3, 32, 32] (RGB, 0 to 255), and gives logits, flo
   python -m kdutils pretrain data/tiny-imagenet-40 --arch resnet18 --epochs 20     makes weights/resnet18.safetensors
   python -m kdutils pretrain data/tiny-imagenet-40 --arch resnet18 --epochs 10 --init weights/resnet18.safetensors \\
       --out weights/more""",
+    "stamp": """
+  python -m kdutils stamp https://github.com/OWNER/REPO --ref main
+
+The ref must hold the stamped notebooks: with the default, a tag of this version, stamp, commit, tag and push.""",
 }
 PROFILE_HELP = "a name in notebooks/profiles, or a .yaml file (default: %(default)s)"
 SPELT = {"teacher_size": "--size", "split_seed": "--seed"}  # options of `pretrain` that are checked as settings
@@ -130,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         if name == "report":
             command.add_argument("--pdf-only", action="store_true", help="typeset what FOLDER/generated holds")
     _add_pretrain(commands)
+    text = "write the repository's address into the Colab badges and set-up cells"
+    command = commands.add_parser("stamp", help=text, description=text, **_by_example("stamp"))
+    command.set_defaults(command=_stamp)
+    command.add_argument("address", metavar="ADDRESS", help=f"such as {PLACEHOLDER}")
+    what = "tag, branch or commit that Colab opens and fetches (default: %(default)s)"
+    command.add_argument("--ref", default=f"v{__version__}", help=what)
     return parser
 
 
@@ -283,6 +294,11 @@ def _pretrain(options: argparse.Namespace) -> None:
     header = read_header(path)
     accuracy = pretraining_facts(header)["val_accuracy"]
     print(f"{shown_path(path)}: {header['description']}; {accuracy:.1%} of the validation images right")
+
+
+def _stamp(options: argparse.Namespace) -> None:
+    changed = stamp(options.address, options.ref)
+    print(f"{options.address} at {options.ref}: {len(changed)} files changed", *map(shown_path, changed), sep="\n  ")
 
 
 if __name__ == "__main__":
