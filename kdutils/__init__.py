@@ -1,3 +1,3 @@
 """Knowledge distillation from pre-trained ResNets into a small CNN: the helper package of the four notebooks."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

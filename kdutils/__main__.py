@@ -1,13 +1,18 @@
-"""The command line: python -m kdutils run | report | results | sweep | bench | pretrain."""
+"""The command line: python -m kdutils run | report | results | predict | export | sweep | bench | pretrain | stamp."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from kdutils import pipeline
+from kdutils import __version__, pipeline
+from kdutils.export import SUFFIX, export_student
 from kdutils.models import pretraining_facts, read_header
+from kdutils.predict import classify, find_student, load_student, prediction_lines, read_pictures
 from kdutils.pretraining import Pretraining, default_recipe, pretrain_on_folder
 from kdutils.report import REPORT, LatexMissing
 from kdutils.runs import disk_error
@@ -22,18 +27,51 @@ from kdutils.settings import (
     project_path,
     shown_path,
 )
+from kdutils.stamp import PLACEHOLDER, stamp
 from kdutils.sweeps import grid_sweep, read_sweep, run_sweep, sweep_table
 
-EXAMPLES = """examples:
-  python -m kdutils run --profile demo                      the four notebooks on generated images, in minutes
+EXAMPLES = {
+    "": """
+  python -m kdutils run --profile demo                 the four notebooks on generated images, in minutes
+  python -m kdutils results --profile demo             what they found
+  python -m kdutils predict --profile demo cat.png     what a student of theirs takes a picture for
+  python -m kdutils COMMAND --help                     more of each command""",
+    "run": """
+  python -m kdutils run --profile demo
   python -m kdutils run --profile demo -p epochs 3 -p seeds "[0, 1]"
-  python -m kdutils run --profile cifar10-standin -p data folder:data/cifar10-jpeg -p weights weights
-  python -m kdutils report --profile demo                   typeset what the last run found
-  python -m kdutils results --profile demo                  print its table
-  python -m kdutils sweep --profile demo --grid temperature=1,4 --grid alpha=0.5,0.9 --workers 2
-  python -m kdutils bench --profile demo --quick            how fast this is, against the plain way of doing it
-  python -m kdutils pretrain data/tiny-imagenet-40 --arch resnet18 --epochs 20      make weights/resnet18.safetensors
-"""
+  python -m kdutils run --profile cifar10-standin -p data folder:data/cifar10-jpeg -p weights weights --report""",
+    "report": """
+  python -m kdutils report --profile demo              typeset what the last run found: runs/demo/report.pdf
+  python -m kdutils report --pdf-only --out report     typeset report/generated again""",
+    "results": """
+  python -m kdutils results --profile demo             the tables of runs/demo
+  python -m kdutils results --committed                those of the report in this repository""",
+    "predict": """
+  python -m kdutils predict --profile demo cat.png dog.jpg
+  python -m kdutils predict --profile demo --arm kd --teachers resnet18 --seed 1 *.png
+  python -m kdutils predict --profile demo --json cat.png > cat.json""",
+    "export": """
+  python -m kdutils export --profile demo              runs/demo/export/kd_mean_prob-resnet50-resnet18-seed0.onnx
+  python -m kdutils export --profile demo --format torchscript --arm scratch --out models
+
+A file takes pixels, uint8 [N, 3, 32, 32] (RGB, 0 to 255), and gives logits, float32 [N, classes]. Its metadata hold
+"classes", a JSON list of names (ONNX: the model's properties; TorchScript: the extra file metadata.json).""",
+    "sweep": """
+  python -m kdutils sweep report/sweeps/cifar10-standin/resnet18-size.yaml --profile cifar10-standin
+  python -m kdutils sweep --profile demo --grid temperature=1,4 --grid alpha=0.5,0.9 --workers 2""",
+    "bench": """
+  python -m kdutils bench --profile demo --quick       only see whether it works
+  python -m kdutils bench --page                       ten minutes; writes docs/performance.md""",
+    "pretrain": """
+  python -m kdutils pretrain data/tiny-imagenet-40 --arch resnet18 --epochs 20     makes weights/resnet18.safetensors
+  python -m kdutils pretrain data/tiny-imagenet-40 --arch resnet18 --epochs 10 --init weights/resnet18.safetensors \\
+      --out weights/more""",
+    "stamp": """
+  python -m kdutils stamp https://github.com/OWNER/REPO --ref main
+
+The ref must hold the stamped notebooks: with the default, a tag of this version, stamp, commit, tag and push.""",
+}
+PROFILE_HELP = "a name in notebooks/profiles, or a .yaml file (default: %(default)s)"
 SPELT = {"teacher_size": "--size", "split_seed": "--seed"}  # options of `pretrain` that are checked as settings
 
 
@@ -61,19 +99,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kdutils", description="Knowledge distillation in four notebooks: run them, make the report.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        **_by_example(""),
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, function, text in (
         ("run", _run, "run the four notebooks through papermill"),
         ("report", _report, "export what the notebooks show, and typeset the PDF"),
-        ("results", _results, "print a run's results table"),
+        ("results", _results, "print the tables of a run"),
+        ("predict", _predict, "classify pictures with a trained student"),
+        ("export", _export, "write a trained student as ONNX or TorchScript, and check it"),
         ("sweep", _sweep, "try out settings on validation images"),
         ("bench", _bench, "measure the speed against the plain way and against the bare step; about ten minutes"),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, **_by_example(name))
         command.set_defaults(command=function)
-        command.add_argument("--profile", default="cifar10", help="a name in notebooks/profiles, or a .yaml file")
+        command.add_argument("--profile", default="cifar10", help=PROFILE_HELP)
         command.add_argument(
             "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
             help="set a parameter; may be given many times",
@@ -83,6 +123,19 @@ def _parser() -> argparse.ArgumentParser:
         if name == "bench":
             command.add_argument("--quick", action="store_true", help="only see whether it works: few, small timings")
             command.add_argument("--page", action="store_true", help="write docs/performance.md, too")
+        if name in ("predict", "export"):
+            command.add_argument("--arm", default="kd_mean_prob", help="how it was trained (default: %(default)s)")
+            command.add_argument("--teachers", metavar="A+B", help="by whom, if by several: resnet50+resnet18")
+            command.add_argument("--seed", type=int, help="which of its seeds (default: the lowest)")
+        if name == "predict":
+            command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="a file of any size and mode")
+            command.add_argument("--top", type=int, default=3, metavar="N", help="show so many classes (default: 3)")
+            command.add_argument("--json", action="store_true", help="all probabilities, for programs")
+        if name == "export":
+            command.add_argument("--format", choices=SUFFIX, default="onnx", help="default: %(default)s")
+            command.add_argument("--out", metavar="FOLDER", help="where to write (default: export in the run's folder)")
+        if name == "results":
+            command.add_argument("--committed", action="store_true", help="of the report in this repository instead")
         if name == "run":
             command.add_argument("--report", action="store_true", help="make the report, too")
         if name in ("run", "report"):
@@ -90,6 +143,12 @@ def _parser() -> argparse.ArgumentParser:
         if name == "report":
             command.add_argument("--pdf-only", action="store_true", help="typeset what FOLDER/generated holds")
     _add_pretrain(commands)
+    text = "write the repository's address into the Colab badges and set-up cells"
+    command = commands.add_parser("stamp", help=text, description=text, **_by_example("stamp"))
+    command.set_defaults(command=_stamp)
+    command.add_argument("address", metavar="ADDRESS", help=f"such as {PLACEHOLDER}")
+    what = "tag, branch or commit that Colab opens and fetches (default: %(default)s)"
+    command.add_argument("--ref", default=f"v{__version__}", help=what)
     return parser
 
 
@@ -106,9 +165,13 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that shares the run folder")
 
 
+def _by_example(name: str) -> dict[str, Any]:
+    return {"epilog": f"examples:{EXAMPLES[name]}", "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
 def _add_pretrain(commands: argparse._SubParsersAction) -> None:
     text = "pre-train a ResNet on an image folder, for where ImageNet's weights cannot be had"
-    command = commands.add_parser("pretrain", help=text, description=text)
+    command = commands.add_parser("pretrain", help=text, description=text, **_by_example("pretrain"))
     command.set_defaults(command=_pretrain)
     command.add_argument("images", metavar="PATH", help="images in PATH/train/<class>/* and PATH/val/<class>/*")
     command.add_argument("--arch", choices=ARCHITECTURES, required=True)
@@ -168,8 +231,46 @@ def _make_report(settings: Settings, options: argparse.Namespace) -> None:
         print(f"report: {error}")
 
 
+def _run_folder(options: argparse.Namespace) -> Path:
+    # nothing is trained, so a profile's weights may be absent
+    return load_settings(options.profile, **_parameters(options) | {"weights": "imagenet"}).run_folder
+
+
 def _results(options: argparse.Namespace) -> None:
-    print(pipeline.results_frame(_settings(options).run_folder).to_string(index=False))
+    folder = _run_folder(options)
+    print(pipeline.shown_tables(REPORT / "generated" if options.committed else folder))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    if options.top < 1:
+        raise UserError(f"--top: {options.top} will not do; it must be at least 1")
+    student = find_student(_run_folder(options), options.arm, options.teachers, options.seed)
+    probabilities = classify(load_student(student), read_pictures(options.images))
+    if options.json:
+        found = [
+            {"image": str(path), "probabilities": dict(zip(student.classes, row))}
+            for path, row in zip(options.images, probabilities.tolist())
+        ]
+        print(json.dumps({"student": student.words, "predictions": found}, indent=1))
+        return
+    print(student.words)
+    for path, row in zip(options.images, probabilities):
+        print(path, *prediction_lines(row, student.classes, options.top), sep="\n  ")
+
+
+def _export(options: argparse.Namespace) -> None:
+    folder = _run_folder(options)
+    student = find_student(folder, options.arm, options.teachers, options.seed)
+    out = project_path(options.out) if options.out else folder / "export"
+    path = out / f"{student.name}{SUFFIX[options.format]}"
+    about = {
+        "classes": json.dumps(student.classes), "student": student.words, "fingerprint": student.fingerprint,
+        "input": "pixels: uint8 [N, 3, 32, 32], RGB, 0 to 255", "output": "logits: float32 [N, classes]",
+    }  # fmt: skip
+    difference = export_student(load_student(student), about, options.format, path)
+    print(f"{shown_path(path)}: {student.words}")
+    print(f"takes {about['input']}; gives {about['output']}")
+    print(f"checked: on random pictures its logits are within {difference:.1g} of the student's")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -225,6 +326,11 @@ def _pretrain(options: argparse.Namespace) -> None:
     header = read_header(path)
     accuracy = pretraining_facts(header)["val_accuracy"]
     print(f"{shown_path(path)}: {header['description']}; {accuracy:.1%} of the validation images right")
+
+
+def _stamp(options: argparse.Namespace) -> None:
+    changed = stamp(options.address, options.ref)
+    print(f"{options.address} at {options.ref}: {len(changed)} files changed", *map(shown_path, changed), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,11 @@ from typing import Any
 import pandas as pd
 
 from kdutils import report
-from kdutils.claims import claim_values
+from kdutils.claims import claim_values, compare
 from kdutils.data import load_data
 from kdutils.metrics import parameter_count
 from kdutils.models import SmallCNN
-from kdutils.results import read_results
+from kdutils.results import at_budget, read_results
 from kdutils.runs import results_checksum, write_text
 from kdutils.settings import (
     ARCHITECTURES,
@@ -32,6 +33,7 @@ from kdutils.settings import (
 )
 from kdutils.teachers import check_space, check_weights, save_logits
 
+TRAINED_PARTS = ("last_layer", "last_block", "all")  # the arms that are ResNets: not paired with students
 EXECUTED_WITH = "executed-with.txt"  # beside the executed notebooks: the digest of their settings
 NOTEBOOKS = ("01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers")
 
@@ -248,3 +250,47 @@ def _copy_notebook(source: Path, target: Path) -> None:
 def results_frame(folder: Path) -> pd.DataFrame:
     """The results table of a run or of the report, as the terminal, the README and notebook 04 show it."""
     return report.results_table(read_results(folder))
+
+
+def run_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """What a run (or the report) found, by title; `folder` holds its rows, provenance and times."""
+    results, provenance = read_results(folder), _read_provenance(folder)
+    values = report.result_values(results, provenance)
+    accuracy = at_budget(results, "", provenance.get("settings", {}).get("epochs"))
+    accuracy = accuracy[(accuracy.split == "test") & (accuracy.metric == "accuracy")]
+    by_seed = {arm: dict(zip(rows.seed, 100 * rows.value)) for arm, rows in accuracy.groupby(["arm", "teachers"])}
+    arms = results.sort_values("task", kind="stable")[["arm", "teachers"]].drop_duplicates()
+    parts = {"Train (%)": "train/accuracy", "Validation (%)": "val/accuracy", "Test (%)": "test/accuracy",
+             "Test macro F1": "test/macro_f1", "Test entropy": "test/entropy"}  # fmt: skip
+    by_part, differences = [], []
+    for arm, teachers in arms.itertuples(index=False):
+        named = {"Arm": arm, "Teachers": teachers or "–"}
+        spreads = {title: values.get(f"{arm}/{teachers}/{key}/pm", "–") for title, key in parts.items()}
+        by_part.append(named | spreads)
+        pair = by_seed.get((arm, teachers), {}), by_seed.get(("scratch", ""), {})
+        if pair[0].keys() & pair[1].keys() and arm not in TRAINED_PARTS and pair[0] is not pair[1]:
+            mean, low, high, n = compare(*pair)
+            interval = f"{report.signed(low)} to {report.signed(high)}" if n > 1 else "one seed"
+            differences.append(named | {"Points": report.signed(mean), "95 % interval": interval})
+    tables = {
+        "Test images": report.results_table(results),
+        "Each part of the data": pd.DataFrame(by_part),
+        "Test accuracy against the student from scratch, paired by seed": pd.DataFrame(differences),
+        "Wall time": times_table(folder),
+    }
+    return {title: table for title, table in tables.items() if len(table)}
+
+
+def times_table(folder: Path) -> pd.DataFrame:
+    """What took how long in a run: a row a stage, all its seeds together, and the total."""
+    times = pd.read_csv(folder / "timings.csv")
+    by_stage = times.groupby(times.stage.str.replace(r", seed \d+$", "", regex=True), sort=False).seconds
+    lines = [{"Stage": stage, "Times": len(seconds), "Took": _minutes(seconds.sum())} for stage, seconds in by_stage]
+    return pd.DataFrame([*lines, {"Stage": "total", "Times": len(times), "Took": _minutes(times.seconds.sum())}])
+
+
+def shown_tables(folder: Path) -> str:
+    """`run_tables` as text, under what they were measured on."""
+    tables = [f"{title}\n\n{report.text_table(table)}" for title, table in run_tables(folder).items()]
+    measured, made_by = readme_note({"weights": {}} | _read_provenance(folder)).replace("`", "").split("\n\n")
+    return "\n\n".join([textwrap.fill(measured, 110), made_by, *tables])

@@ -439,6 +439,17 @@ def markdown_table(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
+def text_table(frame: pd.DataFrame) -> str:
+    """The frame for a terminal: a line a row, words to the left, numbers to the right."""
+    texts = _as_text(frame)
+    lines = [list(texts.columns), *texts.values.tolist()]
+    kinds = [">" if all(re.match(r"[-+−\d–]", cell) for cell in texts[name]) else "<" for name in texts]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    forms = [f"{kind}{width}" for kind, width in zip(kinds, widths, strict=True)]
+    rows = ["  ".join(format(cell, form) for cell, form in zip(line, forms, strict=True)) for line in lines]
+    return "\n".join(row.rstrip() for row in rows)
+
+
 def update_readme(path: Path, frame: pd.DataFrame, notes: str = "") -> None:
     """Put the table, and `notes` under it, between `<!-- results:begin -->` and `<!-- results:end -->`."""
     begin, end = "<!-- results:begin -->", "<!-- results:end -->"

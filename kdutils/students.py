@@ -71,7 +71,7 @@ class StudentRun:
 
     def network(self) -> SmallCNN:
         """The trained student."""
-        return _network(self.state)
+        return student_network(self.state)
 
 
 LOSSES: dict[str, Callable[[Settings], Callable[..., Tensor]]] = {  # of the arms that are known by name
@@ -166,7 +166,7 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, po
     trained = fit_student(arm, dataset, settings, seed, pool)
 
     def make_logits() -> tuple[dict[str, Tensor], dict]:
-        model = _network(trained.tensors).to(settings.device)
+        model = student_network(trained.tensors).to(settings.device)
         with lower_if_out_of_memory(f"{_called(arm, seed)}: logits", "train_size or test_size"):
             images = {part: normalise(getattr(dataset, part).images) for part in ("train", "val", "test")}
             return {part: predict(model, x, settings.precision) for part, x in images.items()}, {}
@@ -209,7 +209,7 @@ def fit_arguments(
     }  # fmt: skip
 
 
-def _network(state: dict[str, Tensor]) -> SmallCNN:
+def student_network(state: dict[str, Tensor]) -> SmallCNN:
     model = SmallCNN(state["fc2.bias"].numel())
     model.load_state_dict(state)
     return memory_format(model).eval()

@@ -1,25 +1,27 @@
 """python -m kdutils: what is wrong is told in one line on stderr, with exit status 1, before anything is trained."""
 
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from kdutils import pipeline
-from kdutils.__main__ import main
+from kdutils.__main__ import EXAMPLES, _parser, main
 from kdutils.runs import record
 from kdutils.settings import ROOT, UserError, load_settings
 
 
-@pytest.mark.parametrize("command", ["run", "report", "results"])
+@pytest.mark.parametrize("command", ["run", "report", "results", "export"])
 def test_every_command_checks_its_profile_and_parameters(error_of, command):
     assert "there is no 'demmo'" in error_of([command, "--profile", "demmo"])
     assert "did you mean 'epochs'?" in error_of([command, "--profile", "demo", "-p", "epohcs", "3"])
 
 
 @pytest.mark.parametrize("arguments", [
-    [], ["train"], ["run", "--epochs", "3"], ["run", "-p", "epochs"], ["run", "demo"],
+    [], ["train"], ["run", "--epochs", "3"], ["run", "-p", "epochs"], ["run", "demo"], ["predict"],
+    ["export", "--format", "pickle"],
     ["pretrain", "x", "--epochs", "1"], ["pretrain", "x", "--arch", "resnet18"],
     ["pretrain", "x", "--epochs", "1", "--arch", "vgg16"],
 ])  # fmt: skip
@@ -29,11 +31,19 @@ def test_an_unknown_command_or_option_is_a_matter_of_usage(capsys, arguments):
     assert caught.value.code == 2 and "usage: python -m kdutils" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["pretrain", "--help"]])
-def test_help(capsys, arguments):
+@pytest.mark.parametrize("command", list(EXAMPLES))
+def test_help_teaches_by_examples_that_are_right(capsys, command):
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 0 and "kdutils" in capsys.readouterr().out
+        main([*filter(None, [command]), "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out.replace("\\\n", " ").replace("COMMAND --help", "")
+    examples = [line.split("   ")[0] for line in shown.splitlines() if line.startswith("  python -m kdutils ")]
+    assert examples
+    for example in examples:
+        words = shlex.split(example.partition(" > ")[0], comments=True)[3:]
+        if words:
+            _parser().parse_args(words)
+            assert command in ("", words[0])
 
 
 def rows(settings):
@@ -43,12 +53,23 @@ def rows(settings):
             for metric in ("accuracy", "nll", "ece")]  # fmt: skip
 
 
-def test_results_prints_the_table_of_a_run(capsys, tiny_profile):
+def test_results_prints_the_tables_of_a_run(capsys, tiny_profile, toy_data):
     settings = load_settings(tiny_profile())
-    record(settings, "01_small_cnn", rows(settings), {}, [], {})
+    better = [{**row, "task": "4", "arm": "kd", "value": f"{float(row['value']) + 0.125:.6f}"} for row in rows(settings)]
+    times = [("student, scratch, seed 0", 61.0), ("student, scratch, seed 1", 59.5), ("features", 3.0)]
+    record(settings, "01_small_cnn", rows(settings) + better, {"data": toy_data.facts}, times, {})
     assert main(["results", "--profile", tiny_profile()]) == 0
     out, err = capsys.readouterr()
-    assert "37.5" in out and err == ""  # the mean of 25 % and 50 %
+    assert err == "" and "`" not in out and "toy: 40 training" in " ".join(out.split())
+    lines = [line.split() for line in out.splitlines()]
+    assert ["1", "Student", "from", "scratch", "–", "37.50", "±", "17.68", "2", "0.375", "0.375"] in lines
+    assert ["kd", "–", "+12.50", "+12.50", "to", "+12.50"] in lines
+    assert ["student,", "scratch", "2", "2:00", "min"] in lines and ["total", "3", "2:03", "min"] in lines
+
+
+def test_the_committed_results_need_no_run(capsys, tiny_profile, tmp_path):
+    assert main(["results", "--profile", tiny_profile(), "--committed"]) == 0
+    assert "Student from scratch" in capsys.readouterr().out and not (tmp_path / "runs").exists()
 
 
 def test_run_hands_on_what_was_given(monkeypatch, tiny_profile):
