@@ -28,6 +28,7 @@ from kdutils.settings import (
     shown_path,
 )
 from kdutils.stamp import PLACEHOLDER, stamp
+from kdutils.study import entries_of, run_study
 from kdutils.sweeps import grid_sweep, read_sweep, run_sweep, sweep_table
 
 EXAMPLES = {
@@ -59,6 +60,9 @@ A file takes pixels, uint8 [N, 3, 32, 32] (RGB, 0 to 255), and gives logits, flo
     "sweep": """
   python -m kdutils sweep report/sweeps/cifar10-standin/resnet18-size.yaml --profile cifar10-standin
   python -m kdutils sweep --profile demo --grid temperature=1,4 --grid alpha=0.5,0.9 --workers 2""",
+    "study": """
+  python -m kdutils study --profile cifar10-standin -p study '["controls", "losses"]' --workers 2
+  python -m kdutils run --profile cifar10-standin -p study '["controls", "losses"]' --report""",
     "bench": """
   python -m kdutils bench --profile demo --quick       only see whether it works
   python -m kdutils bench --page                       ten minutes; writes docs/performance.md""",
@@ -109,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         ("predict", _predict, "classify pictures with a trained student"),
         ("export", _export, "write a trained student as ONNX or TorchScript, and check it"),
         ("sweep", _sweep, "try out settings on validation images"),
+        ("study", _study, "train the study's arms: controls, other losses, other budgets"),
         ("bench", _bench, "measure the speed against the plain way and against the bare step; about ten minutes"),
     ):
         command = commands.add_parser(name, help=text, description=text, **_by_example(name))
@@ -120,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         if name == "sweep":
             _add_sweep(command)
+        if name in ("sweep", "study"):
+            text = "processes that share the cores (default: 1, with all of them)"
+            command.add_argument("--workers", metavar="N", help=text)
+            command.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that shares the run folder")
         if name == "bench":
             command.add_argument("--quick", action="store_true", help="only see whether it works: few, small timings")
             command.add_argument("--page", action="store_true", help="write docs/performance.md, too")
@@ -161,8 +170,6 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument("--what", help="with --grid: kd (the default), scratch, resnet18 or resnet50")
     command.add_argument("--out", metavar="FOLDER", help="where to write (default: beside FILE, or the run's sweeps)")
-    command.add_argument("--workers", metavar="N", help="processes that share the cores (default: 1, with all of them)")
-    command.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster that shares the run folder")
 
 
 def _by_example(name: str) -> dict[str, Any]:
@@ -278,9 +285,7 @@ def _sweep(options: argparse.Namespace) -> None:
         raise UserError("sweep: give either FILE or --grid NAME=V1,V2,... (one or more)")
     if options.file and options.what:
         raise UserError("--what: FILE says it; leave it out, or give --grid in place of FILE")
-    if options.workers and options.scheduler:
-        raise UserError("--workers: the cluster at --scheduler has its own; leave one of the two out")
-    workers, settings = checked("threads", options.workers or 1, "--workers"), _settings(options)
+    workers, settings = _workers(options), _settings(options)
     if options.file:
         path = project_path(options.file)
         sweep, folder = read_sweep(path), path.parent
@@ -290,6 +295,17 @@ def _sweep(options: argparse.Namespace) -> None:
     frame = run_sweep(sweep, options.profile, _parameters(options), out, workers, options.scheduler)
     print(sweep_table(frame).to_string(index=False))
     print(f"rows: {shown_path(out)}")
+
+
+def _workers(options: argparse.Namespace) -> int:
+    if options.workers and options.scheduler:
+        raise UserError("--workers: the cluster at --scheduler has its own; leave one of the two out")
+    return checked("threads", options.workers or 1, "--workers")
+
+
+def _study(options: argparse.Namespace) -> None:
+    settings = run_study(options.profile, _parameters(options), _workers(options), options.scheduler)
+    print(f"trained: {', '.join(entries_of(settings.study))}; in {shown_path(settings.run_folder)}")
 
 
 def _bench(options: argparse.Namespace) -> None:

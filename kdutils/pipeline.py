@@ -38,6 +38,11 @@ EXECUTED_WITH = "executed-with.txt"  # beside the executed notebooks: the digest
 NOTEBOOKS = ("01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers")
 
 
+def notebooks_of(settings: Settings) -> tuple[str, ...]:
+    """The notebooks that a run with these settings executes: the four, and the study's if it has any arms."""
+    return NOTEBOOKS + (("study",) if settings.study else ())
+
+
 def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     """Run the four notebooks into `runs/<profile>/notebooks/`; stops at the first that fails.
 
@@ -56,11 +61,11 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     write_text(folder / EXECUTED_WITH, settings.digest())
     given = {"profile": profile} | {name: getattr(settings, name) for name in parameters}
     start = time.monotonic()
-    for name in NOTEBOOKS:
+    for name in notebooks_of(settings):
         begun = time.monotonic()
         _execute(name, folder / f"{name}.ipynb", given, settings)
         print(f"{name}: done in {_minutes(time.monotonic() - begun)}", flush=True)
-    print(f"all four notebooks: {_minutes(time.monotonic() - start)}; results in "
+    print(f"all notebooks: {_minutes(time.monotonic() - start)}; results in "
           f"{shown_path(settings.run_folder / 'results.csv')}")  # fmt: skip
     return settings
 
@@ -147,7 +152,7 @@ def export(settings: Settings, out: Path) -> Path:
             f"run them again: {provenance['command']}"
         )
     generated = out / "generated"
-    notebooks = [settings.run_folder / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS]
+    notebooks = [settings.run_folder / "notebooks" / f"{name}.ipynb" for name in notebooks_of(settings)]
     missing = [shown_path(path) for path in notebooks if not path.is_file()]
     if missing:
         raise UserError(f"report: {', '.join(missing)} not there; run the notebooks first (python -m kdutils run)")

@@ -5,15 +5,16 @@ Each arm is a function of a `Study` and can be trained alone, so that they can b
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdutils.compat import ensure_torchvision
 from kdutils.data import Dataset, left_over, load_data
+from kdutils.jobs import run_jobs
 from kdutils.losses import (
     cross_entropy,
     dist_distillation_loss,
@@ -22,10 +23,11 @@ from kdutils.losses import (
     standardised_distillation_loss,
 )
 from kdutils.metrics import accuracy
+from kdutils.report import WORDS
 from kdutils.results import student_rows
 from kdutils.runs import artefact
-from kdutils.settings import Settings, apply_threads, load_settings
-from kdutils.students import Arm, StudentRun, train_students
+from kdutils.settings import STUDY_GROUPS, Settings, UserError, apply_threads, load_settings
+from kdutils.students import LOSSES, Arm, StudentRun, named_arm, train_students
 from kdutils.teachers import Teacher, fine_tune, shuffled_within_classes, teach
 from kdutils.training import progress_lines
 from kdutils.views import Pool, pool_of_draws, pool_of_views
@@ -45,9 +47,11 @@ UNLABELLED_VIEWS = {"max_shift": 0, "shift_step": 1}  # an image and its mirror 
 
 
 class Entry(NamedTuple):
-    """One arm of the study: the task it belongs to, with its own settings and, where it has one, its own pool."""
+    """One arm of the study: the task it belongs to, its name in words, with its own settings and, where it has one,
+    its own pool."""
 
     task: str
+    words: str
     arm: Arm
     settings: Settings
     pool: Pool | None = None
@@ -55,7 +59,8 @@ class Entry(NamedTuple):
     def rows(self, runs: Sequence[StudentRun], dataset: Dataset, teachers: Sequence[Teacher] = ()) -> list[dict]:
         """Tidy rows of its students, with the number of labels they had."""
         labels = self.settings.train_size if self.pool is None else int((self.pool.labels >= 0).sum())
-        return [row | {"labels": labels} for row in student_rows(self.task, runs, dataset, self.settings, teachers)]
+        rows = student_rows(self.task, runs, dataset, self.settings, teachers)
+        return [row | {"labels": labels} for row in rows]
 
 
 class Study:
@@ -83,15 +88,11 @@ class Study:
 
     @property
     def scratch(self) -> Arm:
-        return Arm("scratch", partial(cross_entropy, label_smoothing=self.settings.label_smoothing))
+        return named_arm("scratch", self.settings)
 
     @property
     def distil(self) -> Callable[..., Tensor]:
-        settings = self.settings
-        return partial(
-            distillation_loss, temperature=settings.temperature, alpha=settings.alpha,
-            label_smoothing=settings.kd_label_smoothing,
-        )  # fmt: skip
+        return LOSSES["kd"](self.settings)
 
     @cached_property
     def earlier(self) -> Pool:
@@ -130,10 +131,13 @@ class Study:
         """A ResNet with the other part trained: the last block and layer instead of the last layer, or vice versa, by
         the recipe of the ResNet whose part that is. It teaches nobody: an image and its mirror image are its views.
         """
+        return fine_tune(arch, self.dataset, self.settings_of_other_part(arch))
+
+    def settings_of_other_part(self, arch: str) -> Settings:
         other = {"resnet50": "resnet18", "resnet18": "resnet50"}[arch]
         names = ("trainable", "epochs", "learning_rate", "weight_decay", "last_layer_factor", "standardize")
         changes = {f"{arch}_{name}": self.settings.of_teacher(other, name) for name in names}
-        return fine_tune(arch, self.dataset, dataclasses.replace(self.settings, max_shift=0, shift_step=1, **changes))
+        return dataclasses.replace(self.settings, max_shift=0, shift_step=1, **changes)
 
     def train(self, entry: Entry, seeds: Sequence[int] | None = None) -> list[StudentRun]:
         """The trained students of an arm; of some seeds only, if asked."""
@@ -162,21 +166,21 @@ def earlier_augmentation(images: Tensor, draws: int, seed: int) -> Tensor:
 
 
 def _no_label_smoothing(study: Study) -> Entry:
-    return Entry("1", Arm("no_label_smoothing", cross_entropy), study.settings)
+    return Entry("1", "No label smoothing", Arm("no_label_smoothing", cross_entropy), study.settings)
 
 
 def _scratch_long(study: Study) -> Entry:
-    return Entry("1", study.scratch, study.long)
+    return Entry("1", "From scratch", study.scratch, study.long)
 
 
 def _scratch_earlier_recipe(study: Study) -> Entry:
-    return Entry("1", Arm("scratch_earlier_recipe", cross_entropy), study.earlier_settings, study.earlier)
+    return Entry("1", "The earlier recipe", Arm("scratch_earlier_recipe", cross_entropy), study.earlier_settings, study.earlier)
 
 
 def _earlier_recipe_longer(study: Study) -> Entry:
     """The earlier recipe, and the same number of epochs of it again."""
     start = study.train(_scratch_earlier_recipe(study))
-    return Entry("3", Arm("earlier_recipe_longer", cross_entropy, start=start), study.earlier_settings, study.earlier)
+    return Entry("3", "The earlier recipe, as long again", Arm("earlier_recipe_longer", cross_entropy, start=start), study.earlier_settings, study.earlier)
 
 
 def _kd_warm_start(study: Study) -> Entry:
@@ -184,31 +188,31 @@ def _kd_warm_start(study: Study) -> Entry:
     start = study.train(_scratch_earlier_recipe(study))
     teacher = teach(study.teacher, study.earlier, study.dataset, study.settings)
     loss = partial(distillation_loss, temperature=EARLIER_TEMPERATURE, alpha=EARLIER_ALPHA)
-    return Entry("3", Arm("kd_warm_start", loss, (teacher,), start=start), study.earlier_settings, study.earlier)
+    return Entry("3", "The earlier recipe, then distilled", Arm("kd_warm_start", loss, (teacher,), start=start), study.earlier_settings, study.earlier)
 
 
 def _kd_long(study: Study) -> Entry:
-    return Entry("3", Arm("kd", study.distil, (study.teacher,)), study.long)
+    return Entry("3", "Distilled", Arm("kd", study.distil, (study.teacher,)), study.long)
 
 
 def _kd_shuffled(study: Study) -> Entry:
     shuffled = shuffled_within_classes(study.teacher, study.dataset.train.labels)
-    return Entry("3", Arm("kd_shuffled", study.distil, (shuffled,)), study.settings)
+    return Entry("3", "Shuffled soft labels", Arm("kd_shuffled", study.distil, (shuffled,)), study.settings)
 
 
 def _dkd(study: Study) -> Entry:
     loss = partial(dkd_distillation_loss, **DKD, label_smoothing=study.settings.kd_label_smoothing)
-    return Entry("3", Arm("dkd", loss, (study.teacher,)), study.settings)
+    return Entry("3", "DKD", Arm("dkd", loss, (study.teacher,)), study.settings)
 
 
 def _dist(study: Study) -> Entry:
     loss = partial(dist_distillation_loss, **DIST, label_smoothing=study.settings.kd_label_smoothing)
-    return Entry("3", Arm("dist", loss, (study.teacher,)), study.settings)
+    return Entry("3", "DIST", Arm("dist", loss, (study.teacher,)), study.settings)
 
 
 def _kd_standardized(study: Study) -> Entry:
     loss = partial(standardised_distillation_loss, **STANDARDISED, label_smoothing=study.settings.kd_label_smoothing)
-    return Entry("3", Arm("kd_standardized", loss, (study.teacher,)), study.settings)
+    return Entry("3", "Standardised logits", Arm("kd_standardized", loss, (study.teacher,)), study.settings)
 
 
 def _scratch_equal_steps(study: Study) -> Entry:
@@ -220,14 +224,14 @@ def _kd_unlabelled(study: Study) -> Entry:
     """The labelled images and the others without labels, for as many steps as the long budget."""
     pool = study.with_rest(labelled=False)
     teacher = teach(study.teacher, pool, study.dataset, study.settings)
-    return Entry("extra", Arm("kd_unlabelled", study.distil, (teacher,)), study.for_steps_of(LONG, pool), pool)
+    return Entry("extra", "Distilled, with unlabelled images", Arm("kd_unlabelled", study.distil, (teacher,)), study.for_steps_of(LONG, pool), pool)
 
 
 def _scratch_all_labels(study: Study) -> Entry:
     """What the labels of those images would be worth."""
     pool = study.with_rest(labelled=True)
     arm = dataclasses.replace(study.scratch, name="scratch_all_labels")
-    return Entry("extra", arm, study.for_steps_of(LONG, pool), pool)
+    return Entry("extra", "From scratch, all labels", arm, study.for_steps_of(LONG, pool), pool)
 
 
 ENTRIES: dict[str, Callable[[Study], Entry]] = {
@@ -263,6 +267,11 @@ def _study(profile: str, parameters: str) -> Study:
     return Study(settings)
 
 
+def name_of(teacher: Teacher) -> str:
+    """What a teacher's architecture is called: ResNet-18."""
+    return WORDS[teacher.arch]
+
+
 def entries_of(groups: Sequence[str]) -> list[str]:
     """The names of all arms of some groups, in the study's order."""
     return [name for group, names in GROUPS.items() if group in groups for name in names]
@@ -272,3 +281,35 @@ def train_entry(profile: str, parameters: str, name: str, seed: int) -> None:
     """Train one arm's student of one seed: a job for a process of its own. `parameters`: as JSON."""
     study = _study(profile, parameters)
     study.train(ENTRIES[name](study), [seed])
+
+
+def run_study(
+    profile: str, parameters: Mapping[str, Any], workers: int = 1, scheduler: str | None = None
+) -> Settings:
+    """Train all arms of the settings' groups, spread over processes or a cluster (`jobs.run_jobs`); what is trained
+    already is found. The notebook `study` then shows them.
+
+    Raises `UserError` when there is no group, and for jobs that failed twice.
+    """
+    parameters = json.dumps(dict(parameters))
+    study = _study(profile, parameters)
+    groups = study.settings.study
+    if not groups:
+        raise UserError(f"study: no group is named; give -p study '[\"controls\"]', of {', '.join(STUDY_GROUPS)}")
+    # what several jobs need is made here once
+    teachers = study.teachers
+    if "freeze" in groups:
+        for teacher in teachers:
+            study.other_part(teacher.arch)
+    if "earlier" in groups:
+        teach(study.teacher, study.earlier, study.dataset, study.settings)
+    if "unlabelled" in groups:
+        teach(study.teacher, study.with_rest(labelled=False), study.dataset, study.settings)
+    run_jobs(
+        {
+            f"{name}, seed {seed}": partial(train_entry, profile, parameters, name, seed)
+            for name in entries_of(groups) for seed in study.settings.seeds
+        },
+        workers, scheduler, title="students of the study",
+    )  # fmt: skip
+    return study.settings

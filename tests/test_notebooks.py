@@ -7,6 +7,7 @@ import re
 import nbformat
 import pytest
 
+from kdutils.pipeline import NOTEBOOKS
 from kdutils.settings import ROOT, Settings
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -44,8 +45,9 @@ def names_bound(tree):
     return found
 
 
-def test_there_is_one_notebook_a_task():
-    assert [path.stem for path in PATHS] == ["01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers"]
+def test_there_is_one_notebook_a_task_and_one_of_the_study():
+    assert tuple(path.stem for path in PATHS) == (*NOTEBOOKS, "study")
+    assert [name[:3] for name in NOTEBOOKS] == ["01_", "02_", "03_", "04_"]
 
 
 @each
@@ -180,5 +182,5 @@ def test_no_result_is_typed_by_hand(path):
 @each
 def test_it_reads_as_a_lab_report(path):
     text = "\n".join(prose(path))
-    assert text.startswith("# Task ") and "**Question.**" in text and "## What it means" in text
+    assert text.startswith(("# Task ", "# The study: ")) and "**Question.**" in text and "## What it means" in text
     assert read(path).cells[0].cell_type == "markdown"
