@@ -61,17 +61,6 @@ def test_executed_notebooks_are_complete_and_clean(settings):
                 assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
-def test_the_study_shows_its_arms(settings, parameters, monkeypatch):
-    monkeypatch.setattr(pipeline, "NOTEBOOKS", ())
-    studied = pipeline.run("demo", {**parameters, "study": ["controls", "losses"]})
-    results = pd.read_csv(studied.run_folder / "results.csv", keep_default_na=False, dtype={"task": str})
-    arms = {"no_label_smoothing": "1", "kd_shuffled": "3", "dkd": "3", "dist": "3", "kd_standardized": "3"}
-    assert dict(results[["arm", "task"]].itertuples(index=False, name=None)) == arms
-    notebook = nbformat.read(studied.run_folder / "notebooks" / "study.ipynb", as_version=4)
-    about = [output.get("metadata", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert [one["kdutils"]["name"] for one in about if "kdutils" in one] == ["comparison-study"]
-
-
 def test_running_again_changes_nothing(settings, parameters):
     folder = settings.run_folder
     before, results = artefacts(settings), (folder / "results.csv").read_bytes()
@@ -121,6 +110,17 @@ def test_a_report_of_other_settings_is_refused(settings, parameters, tmp_path):
     other = load_settings("demo", **{**parameters, "alpha": 0.25})
     with pytest.raises(UserError, match="last run with other settings"):
         pipeline.export(other, tmp_path)
+
+
+def test_the_study_shows_its_arms(settings, parameters, monkeypatch):
+    monkeypatch.setattr(pipeline, "NOTEBOOKS", ())
+    studied = pipeline.run("demo", {**parameters, "study": ["controls", "losses"]})
+    results = pd.read_csv(studied.run_folder / "results.csv", keep_default_na=False, dtype={"task": str})
+    arms = {"no_label_smoothing": "1", "kd_shuffled": "3", "dkd": "3", "dist": "3", "kd_standardized": "3"}
+    assert dict(results[["arm", "task"]].itertuples(index=False, name=None)) == arms
+    notebook = nbformat.read(studied.run_folder / "notebooks" / "study.ipynb", as_version=4)
+    about = [output.get("metadata", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert [one["kdutils"]["name"] for one in about if "kdutils" in one] == ["comparison-study"]
 
 
 def test_a_failing_notebook_stops_the_run_and_is_named(tmp_path, monkeypatch):
