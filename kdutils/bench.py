@@ -310,7 +310,8 @@ def race(row: dict[str, Any], sides: Callable[[], Mapping[str, Side]], plan: Pla
 def _shared(row: Mapping[str, Any], name: str, once: float, times: int) -> dict[str, Any]:
     """A row with `once` seconds, spent for `times` epochs together, shared out among them."""
     ours = row["ours_s"] + once / times
-    spread = {"ours": [value + once / times for value in row["spread"]["ours"]], "reference": row["spread"]["reference"]}
+    spread = {"ours": [value + once / times for value in row["spread"]["ours"]]}
+    spread["reference"] = row["spread"]["reference"]
     return {
         **row, "key": f"{row['key']}_shared", "name": name, "ours_s": ours, "speedup": row["reference_s"] / ours,
         "limit_s": None, "of_limit": None, "spread": spread,
@@ -348,7 +349,8 @@ def _growth_works(bench: _Bench) -> dict[str, tuple[str, dict[float, Callable[[]
         dataset = bench.dataset(plan.seed_steps * settings.batch_size)
         with tempfile.TemporaryDirectory() as folder:
             changed = dataclasses.replace(settings, runs_dir=folder, seeds=list(range(number)), epochs=1)
-            return _seconds(partial(_quietly, train_students, bench.arm("scratch", 0), dataset, changed), settings.device)
+            train = partial(_quietly, train_students, bench.arm("scratch", 0), dataset, changed)
+            return _seconds(train, settings.device)
 
     steps_of = sorted({max(1, count // settings.batch_size) for count in plan.image_counts})
     steps = min(plan.steps, whole)
@@ -497,7 +499,8 @@ def _prepare(settings: Settings, plan: Plan, folder: Path) -> _Bench:
         settings, train_size=size, weights=str(folder / "weights"), runs_dir=str(folder / "runs"), profile="bench",
         resnet50_standardize=False, resnet18_standardize=False,
     )  # fmt: skip
-    train, held_out = (Split(images[part], labels[part]).to(settings.device) for part in (slice(size), slice(size, None)))
+    parts = slice(size), slice(size, None)
+    train, held_out = (Split(images[part], labels[part]).to(settings.device) for part in parts)
     return _Bench(settings, plan, train, held_out, states)
 
 

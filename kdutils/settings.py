@@ -63,16 +63,21 @@ def _is_seeds(value: Any) -> bool:
     )
 
 
+def _is_groups(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and all(isinstance(group, str) and group in STUDY_GROUPS for group in value)
+        and len(set(value)) == len(value)
+    )
+
+
 _POSITIVE = Rule("a finite number above 0", lambda value: _is_number(value) and value > 0)
 _NOT_NEGATIVE = Rule("a finite number, 0 or above", lambda value: _is_number(value) and value >= 0)
 _FRACTION = Rule("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 _SMOOTHING = Rule("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1)
 _TEXT = Rule("a text that is not empty", lambda value: isinstance(value, str) and value.strip() != "")
 _SEEDS = Rule("a list of one or more different whole numbers, such as [0, 1, 2]", _is_seeds)
-_GROUPS = Rule(
-    f"a list of names among {', '.join(STUDY_GROUPS)}, or [] for none",
-    lambda value: isinstance(value, (list, tuple)) and set(value) <= set(STUDY_GROUPS) and len(set(value)) == len(value),
-)
+_GROUPS = Rule(f"a list of different names among {', '.join(STUDY_GROUPS)}, or [] for none", _is_groups)
 _OPTIMIZER = _one_of("adam", "adamw", "sgd")
 _SCHEDULE = _one_of("constant", "cosine", "one_cycle")
 _TRAINABLE = _one_of("last_layer", "last_block")

@@ -174,13 +174,15 @@ def _scratch_long(study: Study) -> Entry:
 
 
 def _scratch_earlier_recipe(study: Study) -> Entry:
-    return Entry("1", "The earlier recipe", Arm("scratch_earlier_recipe", cross_entropy), study.earlier_settings, study.earlier)
+    arm = Arm("scratch_earlier_recipe", cross_entropy)
+    return Entry("1", "The earlier recipe", arm, study.earlier_settings, study.earlier)
 
 
 def _earlier_recipe_longer(study: Study) -> Entry:
     """The earlier recipe, and the same number of epochs of it again."""
     start = study.train(_scratch_earlier_recipe(study))
-    return Entry("3", "The earlier recipe, as long again", Arm("earlier_recipe_longer", cross_entropy, start=start), study.earlier_settings, study.earlier)
+    arm = Arm("earlier_recipe_longer", cross_entropy, start=start)
+    return Entry("3", "The earlier recipe, as long again", arm, study.earlier_settings, study.earlier)
 
 
 def _kd_warm_start(study: Study) -> Entry:
@@ -188,7 +190,8 @@ def _kd_warm_start(study: Study) -> Entry:
     start = study.train(_scratch_earlier_recipe(study))
     teacher = teach(study.teacher, study.earlier, study.dataset, study.settings)
     loss = partial(distillation_loss, temperature=EARLIER_TEMPERATURE, alpha=EARLIER_ALPHA)
-    return Entry("3", "The earlier recipe, then distilled", Arm("kd_warm_start", loss, (teacher,), start=start), study.earlier_settings, study.earlier)
+    arm = Arm("kd_warm_start", loss, (teacher,), start=start)
+    return Entry("3", "The earlier recipe, then distilled", arm, study.earlier_settings, study.earlier)
 
 
 def _kd_long(study: Study) -> Entry:
@@ -224,7 +227,8 @@ def _kd_unlabelled(study: Study) -> Entry:
     """The labelled images and the others without labels, for as many steps as the long budget."""
     pool = study.with_rest(labelled=False)
     teacher = teach(study.teacher, pool, study.dataset, study.settings)
-    return Entry("extra", "Distilled, with unlabelled images", Arm("kd_unlabelled", study.distil, (teacher,)), study.for_steps_of(LONG, pool), pool)
+    arm = Arm("kd_unlabelled", study.distil, (teacher,))
+    return Entry("extra", "Distilled, with unlabelled images", arm, study.for_steps_of(LONG, pool), pool)
 
 
 def _scratch_all_labels(study: Study) -> Entry:

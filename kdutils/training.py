@@ -83,8 +83,9 @@ def fit(
 
     Every step takes a batch of (index [B], view [B]) pairs: `inputs(index, view)` is what the model is given,
     `loss(logits [B, C], index, view)` a scalar. `labels` int64 [N] (-1: none) are for the training accuracy, which is
-    measured on the augmented views of the labelled images while training. `validation` holds inputs and labels. The last, incomplete batch
-    of an epoch is left out. `last_layer_factor`: the learning rate of the layer called `fc`, in terms of the recipe's.
+    measured on the augmented views of the labelled images while training. `validation` holds inputs and labels. The
+    last, incomplete batch of an epoch is left out. `last_layer_factor`: the learning rate of the layer called `fc`, in
+    terms of the recipe's.
     With a `checkpoint` path, a training that was cut goes on from the step it was last saved at.
 
     Raises `TrainingError` when an epoch's loss or the logits after it are not finite, or the loss of an epoch so far

@@ -1,9 +1,6 @@
 """python -m kdutils: what is wrong is told in one line on stderr, with exit status 1, before anything is trained."""
 
-import os
 import shlex
-import subprocess
-import sys
 
 import pytest
 
