@@ -21,7 +21,7 @@ from kdutils.settings import (
     pick_precision,
 )
 
-TEXTS = {field.name for field in dataclasses.fields(Settings) if "str" in str(field.type)}
+TEXTS = {field.name for field in dataclasses.fields(Settings) if field.type in (str, str | None)}
 MACHINE = {"profile", "data_dir", "runs_dir", "device", "threads"}
 OTHER = {  # another possible value of every setting, in the tiny profile
     "profile": "demo", "data": "cifar10", "data_name": "my images", "train_size": 41, "val_size": 11, "test_size": 11,
@@ -37,6 +37,7 @@ OTHER = {  # another possible value of every setting, in the tiny profile
     "resnet18_trainable": "last_layer", "resnet18_epochs": 2, "resnet18_learning_rate": 0.1,
     "resnet18_weight_decay": 0.1, "generated_images": 500, "generated_epochs": 9, "data_dir": "elsewhere",
     "runs_dir": "elsewhere", "device": "mps", "precision": "bfloat16", "threads": 1, "feature_memory_gb": 1.0,
+    "study": ["controls"],
 }  # fmt: skip
 
 
