@@ -325,9 +325,9 @@ def lower_if_out_of_memory(what: str, settings: str) -> Iterator[None]:
 
 def check_writable(folder: Path, setting: str) -> None:
     """Raise `UserError` for a folder that nothing can be written to, before there is anything to write."""
-    descriptor, name = _temporary_file(folder, "try", setting)
+    descriptor, _ = _temporary_file(folder, "try", setting)
     os.close(descriptor)
-    os.unlink(name)
+    _remove_cut_off(folder, "try")  # also those of processes that were killed at this point
 
 
 @contextlib.contextmanager
