@@ -256,7 +256,7 @@ def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[s
         values["group/study"] = "yes"
     with_it = f"which is trained with label smoothing {rows.smoothing:g}"
     values["words/smoothed"] = f"the student from scratch, {with_it}" if rows.smoothing else "a student of its own"
-    values["words/primary"] = {3: "Three", 4: "Four"}[len(adjusted)]
+    values["words/primary"] = ("No", "One", "Two", "Three", "Four")[len(adjusted)]
     return values | {"better/words": teacher_words(rows.roles["better"])}
 
 
