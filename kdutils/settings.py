@@ -179,7 +179,8 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that results depend on (all but where and how fast things are computed)."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["machine"]}
+        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["machine"]}
+        return kept | {"study": list(self.study)}
 
     def digest(self) -> str:
         """A short checksum of `identity`."""
@@ -205,7 +206,8 @@ _FLOATS = {name for name, kind in typing.get_type_hints(Settings).items() if kin
 
 def default_of(name: str) -> Any:
     """The value of a setting that a profile leaves out (`dataclasses.MISSING` if it must not)."""
-    return _FIELDS[name].default
+    default = _FIELDS[name].default
+    return list(default) if isinstance(default, tuple) else default
 
 
 def project_path(path: str | Path) -> Path:
