@@ -430,6 +430,7 @@ def provenance(settings: Settings) -> dict[str, Any]:
         "settings": settings.identity(),
         "device": settings.device,
         "precision": settings.precision,
+        "threads": settings.threads or torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: metadata.version(package) for package in packages},
         "commit": _commit(),
@@ -444,6 +445,8 @@ def rerun_command(settings: Settings) -> str:
     for name, value in settings.identity().items():
         if value is not None and value != (checked(name, profile[name]) if name in profile else default_of(name)):
             words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
+    if settings.threads is not None:  # sums are rounded in another order by another number of threads
+        words += ["-p", "threads", str(settings.threads)]
     return shlex.join(words)
 
 
