@@ -62,7 +62,8 @@ A file takes pixels, uint8 [N, 3, 32, 32] (RGB, 0 to 255), and gives logits, flo
   python -m kdutils sweep --profile demo --grid temperature=1,4 --grid alpha=0.5,0.9 --workers 2""",
     "study": """
   python -m kdutils study --profile cifar10-standin -p study '["controls", "losses"]' --workers 2
-  python -m kdutils run --profile cifar10-standin -p study '["controls", "losses"]' --report""",
+
+ Afterwards, `python -m kdutils run` with the same -p study shows what was trained (--report: in the report, too).""",
     "bench": """
   python -m kdutils bench --profile demo --quick       only see whether it works
   python -m kdutils bench --page                       ten minutes; writes docs/performance.md""",
