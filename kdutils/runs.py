@@ -252,17 +252,18 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def _locked(file: Path, path: Path) -> int:
-    told = False
+    told, tries = False, 0
     while True:
         with _writing_to(file.parent, "runs_dir"):
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         if not _try_to_lock(descriptor):
-            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            holder = os.read(descriptor, 200).decode(errors="replace")
             os.close(descriptor)
-            if not told:
-                tell(f"{shown_path(path)}: waiting for {holder}, which is at work on it")
-            told = True
+            tries += 1
+            if not told and (holder or tries > 5):  # it has a moment to write who it is
+                tell(f"{shown_path(path)}: waiting for {holder or 'another process'}, which is at work on it")
+                told = True
             time.sleep(0.1)
         elif not _is_there(descriptor, file):  # removed by the process that held it
             os.close(descriptor)

@@ -305,12 +305,15 @@ def test_who_comes_second_is_told_who_is_at_work_and_waits(tmp_path, holder, cap
     assert order == ["first", "second"] and list(tmp_path.iterdir()) == []
 
 
-def test_who_waited_loads_what_the_other_made(tmp_path, capsys):
-    """Threads, each with a lock of its own: the slow maker is asked once."""
-    make, found = Maker(), []
+def test_who_waited_loads_what_the_other_made(tmp_path, monkeypatch):
+    """Threads, each with a lock of its own: the maker, slow until the others wait, is asked once."""
+    make, found, told = Maker(), [], []
+    monkeypatch.setattr("kdutils.runs.tell", told.append)
 
     def slow():
-        time.sleep(0.3)
+        deadline = time.monotonic() + 60
+        while len(told) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
         return make()
 
     threads = [threading.Thread(target=lambda: found.append(artefact(tmp_path, "x", {}, slow))) for _ in range(4)]
@@ -319,7 +322,7 @@ def test_who_waited_loads_what_the_other_made(tmp_path, capsys):
     for thread in threads:
         thread.join()
     assert make.calls == 1 and len(found) == 4 and all(map(same, found)) and len(list(tmp_path.iterdir())) == 1
-    assert capsys.readouterr().out.count("waiting for process") == 3
+    assert len(told) == 3 and all("waiting for " in line for line in told)
 
 
 def test_in_a_batch_waiting_is_told_in_its_log(tmp_path, holder, monkeypatch, capsys):
