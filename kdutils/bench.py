@@ -474,10 +474,9 @@ def run(settings: Settings, quick: bool = False) -> dict[str, Any]:
     found = {
         "profile": Path(settings.profile).stem, "quick": quick, "machine": machine(settings),
         "conditions": conditions(bench.settings, *plan[:4]), **found,
-        "end_to_end": end_to_end(settings.run_folder, settings),
     }  # fmt: skip
-    if found["end_to_end"]:
-        found["ratios"]["end_to_end_minutes"] = found["end_to_end"]["seconds"] / 60
+    found["end_to_end"] = end_to_end(settings.run_folder, settings, found["rows"])
+    found["ratios"]["end_to_end_minutes"] = found["end_to_end"]["seconds"] / 60
     found["took_s"] = time.monotonic() - start
     path = project_path(settings.runs_dir) / "bench" / "bench.json"
     write_text(path, json.dumps(found, indent=1) + "\n")

@@ -157,16 +157,27 @@ def test_a_growth_is_the_slope_of_a_line():
     assert found["seconds"]["5"] == pytest.approx([13.0] * 3)
 
 
-def test_the_whole_is_read_from_the_last_run_on_the_same_device(tmp_path, tiny):
-    assert performance.end_to_end(tmp_path, tiny()) is None
-    (tmp_path / "provenance.json").write_text('{"device": "cpu", "precision": "float32"}')
+def test_the_whole_is_read_from_the_last_run_under_the_same_conditions(tmp_path, tiny):
+    keys = ["student_ce", "student_kd", *(f"{a}_{what}" for a in ("resnet50", "resnet18") for what in ("forward", "fit"))]
+    rows = [{"key": key, "ours_s": seconds} for key, seconds in zip(keys, (1, 2, 100, 10, 50, 5), strict=True)]
+    settings = tiny(
+        seeds=[0, 1], epochs=3, teacher_seeds=[0], teacher_views=2, resnet50_epochs=4, resnet18_epochs=6,
+        train_size=40, val_size=10, test_size=10,
+    )  # fmt: skip
+    added_up = performance.end_to_end(tmp_path, settings, rows)
+    assert added_up["seconds"] == pytest.approx(2 * 3 * (1 + 5 * 2) + 2.5 * (100 + 50) + 4 * 10 + 6 * 5)
+    assert "added up from the rows" in added_up["source"]
+    about = {"device": "cpu", "precision": "float32", "threads": torch.get_num_threads()}
+    (tmp_path / "provenance.json").write_text(json.dumps(about))
     (tmp_path / "timings.csv").write_text(
         'stage,seconds\n"student, scratch, seed 0",5.0\nresnet50: features of every view,100.0\n'
         '"resnet50: fine-tuning, seed 0",90.0\n"resnet50: fine-tuning, seed 1",2.0\n'
     )
-    assert performance.end_to_end(tmp_path, tiny(precision="bfloat16")) is None
-    whole = performance.end_to_end(tmp_path, tiny())
-    assert whole["seconds"] == pytest.approx(5 + 100 + 2) and "from the last run" in whole["source"]
+    whole = performance.end_to_end(tmp_path, settings, rows)
+    assert whole["seconds"] == pytest.approx(5 + 100 + 2) and "4 stages of the last run" in whole["source"]
+    assert performance.end_to_end(tmp_path, tiny(precision="bfloat16"), rows)["source"] != whole["source"]
+    (tmp_path / "provenance.json").write_text(json.dumps(about | {"threads": about["threads"] + 1}))
+    assert performance.end_to_end(tmp_path, settings, rows) == added_up
 
 
 def test_the_page_shows_every_row_and_target_and_keeps_the_notes(found, tmp_path):
@@ -175,7 +186,7 @@ def test_the_page_shows_every_row_and_target_and_keeps_the_notes(found, tmp_path
     first = page.read_text()
     for row in found["rows"]:
         assert f"| {row['name']} |" in first
-    assert "no CUDA machine was at hand" in first and found["machine"]["cpu"] in first and "left out" in first
+    assert "no CUDA machine was at hand" in first and found["machine"]["cpu"] in first and "added up" in first
     assert len(performance.TARGETS) == sum("at least" in line or "at most" in line for line in first.splitlines())
     page.write_text(first.replace(performance.NOTES[0], f"{performance.NOTES[0]}\n- torch.compile: slower"))
     performance.write_page(found, page)
