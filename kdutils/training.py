@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -259,8 +260,7 @@ class _progress:
         if self.plain is None:
             # n counts epochs, by steps
             form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]"
-            options = {"total": self.epochs, "initial": self.first, "bar_format": form}
-            self.bar = tqdm(desc=self.name, **options, **bar_options())
+            self.bar = _bar(desc=self.name, total=self.epochs, initial=self.first, bar_format=form)
         return self
 
     def step(self, epoch: int, step: int) -> None:
@@ -293,23 +293,49 @@ def open_progress_log():
     """Where plain progress lines go: the batch run's log, or stdout when nobody watches; None for a live bar."""
     if "KDUTILS_PROGRESS" in os.environ:
         return open(os.environ["KDUTILS_PROGRESS"], "a", encoding="utf-8")
-    return None if sys.stderr.isatty() or _in_notebook() else sys.stdout
+    return None if _is_watched() else sys.stdout
+
+
+def _is_watched() -> bool:
+    """Whether somebody sees a live bar: in a terminal, or in a notebook that can ask for input (papermill's cannot)."""
+    if _in_notebook():
+        from IPython import get_ipython
+
+        return getattr(get_ipython().kernel, "_allow_stdin", True)
+    return sys.stderr.isatty()
 
 
 def _in_notebook() -> bool:
     return "ipykernel" in sys.modules and type(sys.stdout).__module__.startswith("ipykernel")
 
 
-def bar_options() -> dict:
-    """tqdm's options for a bar that suits both a terminal and a notebook cell."""
-    return {"leave": not _in_notebook(), "dynamic_ncols": not _in_notebook(), "file": sys.stdout}
+class _CellBar(tqdm):
+    """A bar that is one output of a notebook's cell, rewritten in place: a saved file holds its last state."""
+
+    output = None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        from IPython.display import display
+
+        shown = {"text/plain": str(self) if msg is None else msg}
+        if self.output is None:
+            self.output = display(shown, raw=True, display_id=True)
+        else:
+            self.output.update(shown, raw=True)
+
+
+def _bar(items=None, **options: Any) -> tqdm:
+    """A live bar that stays when it is done, in a terminal or in a notebook's cell."""
+    if _in_notebook():
+        return _CellBar(items, file=io.StringIO(), ncols=100, mininterval=0.5, **options)
+    return tqdm(items, file=sys.stdout, dynamic_ncols=True, **options)
 
 
 def progress_lines(items, name: str) -> Iterator:
     """Go through `items` (a sequence) with a bar, or with a plain line about every ten seconds."""
     plain = open_progress_log()
     if plain is None:
-        yield from tqdm(items, desc=name, **bar_options())
+        yield from _bar(items, desc=name)
         return
     start = shown = time.monotonic()
     for done, item in enumerate(items, start=1):
