@@ -42,7 +42,7 @@ class LatexMissing(UserError):
 
 RULE_OF_NAMES = "a name is made of a-z, 0-9 and -, such as curves-scratch"
 
-SELECTION = ("pretraining-", "sweep-")  # names of floats about how the teachers were made and chosen
+SELECTION = ("pretraining-", "sweep-", "map-")  # names of floats about how settings were chosen
 
 WORDS = {
     "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "one_cycle": "one-cycle",

@@ -14,7 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from kdutils.data import Dataset
-from kdutils.losses import combine_teachers, cross_entropy, distillation_loss
+from kdutils.losses import (
+    combine_teachers,
+    cross_entropy,
+    dist_distillation_loss,
+    distillation_loss,
+    dkd_distillation_loss,
+    standardised_distillation_loss,
+)
 from kdutils.models import SmallCNN, normalise, seeded
 from kdutils.runs import Artefact, artefact, lower_if_out_of_memory, resumable
 from kdutils.settings import Settings, UserError
@@ -74,13 +81,21 @@ class StudentRun:
         return student_network(self.state)
 
 
+def _distilling(loss: Callable[..., Tensor], **constants: float) -> Callable[[Settings], Callable[..., Tensor]]:
+    """A loss with its constants; temperature, weight of the soft labels and label smoothing are the settings'."""
+    return lambda settings: functools.partial(
+        loss, temperature=settings.temperature, alpha=settings.alpha, label_smoothing=settings.kd_label_smoothing,
+        **constants,
+    )  # fmt: skip
+
+
 LOSSES: dict[str, Callable[[Settings], Callable[..., Tensor]]] = {  # of the arms that are known by name
     "scratch": lambda settings: functools.partial(cross_entropy, label_smoothing=settings.label_smoothing),
-    "kd": lambda settings: functools.partial(
-        distillation_loss, temperature=settings.temperature, alpha=settings.alpha,
-        label_smoothing=settings.kd_label_smoothing,
-    ),
-}  # fmt: skip
+    "kd": _distilling(distillation_loss),
+    "dkd": _distilling(dkd_distillation_loss, dkd_alpha=1.0, dkd_beta=2.0),
+    "dist": _distilling(dist_distillation_loss, dist_beta=2.0, dist_gamma=2.0),
+    "kd_standardized": _distilling(standardised_distillation_loss),
+}
 
 
 def named_arm(name: str, settings: Settings, teachers: Sequence[Teacher] = (), rule: str = "mean_prob") -> Arm:

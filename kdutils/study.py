@@ -15,13 +15,7 @@ from torch import Tensor
 from kdutils.compat import ensure_torchvision
 from kdutils.data import Dataset, left_over, load_data
 from kdutils.jobs import run_jobs
-from kdutils.losses import (
-    cross_entropy,
-    dist_distillation_loss,
-    distillation_loss,
-    dkd_distillation_loss,
-    standardised_distillation_loss,
-)
+from kdutils.losses import cross_entropy, distillation_loss
 from kdutils.metrics import accuracy
 from kdutils.report import WORDS
 from kdutils.results import student_rows
@@ -40,9 +34,11 @@ EARLIER_RECIPE = {
 EARLIER_TEMPERATURE, EARLIER_ALPHA = 4.0, 0.8
 DRAWS = 15  # random draws of the earlier submission's augmentation that are kept of every image
 # first guesses, not tuned: a loss that does no better here than that of Hinton et al. may do so with others
-DKD = {"temperature": 4.0, "alpha": 0.5, "dkd_alpha": 1.0, "dkd_beta": 2.0}
-DIST = {"temperature": 1.0, "alpha": 0.5, "dist_beta": 2.0, "dist_gamma": 2.0}
-STANDARDISED = {"temperature": 2.0, "alpha": 0.5}
+OTHER_LOSSES = {
+    "dkd": {"temperature": 4.0, "alpha": 0.5},
+    "dist": {"temperature": 1.0, "alpha": 0.5},
+    "kd_standardized": {"temperature": 2.0, "alpha": 0.5},
+}
 UNLABELLED_VIEWS = {"max_shift": 0, "shift_step": 1}  # an image and its mirror image
 
 
@@ -203,19 +199,9 @@ def _kd_shuffled(study: Study) -> Entry:
     return Entry("3", "Shuffled soft labels", Arm("kd_shuffled", study.distil, (shuffled,)), study.settings)
 
 
-def _dkd(study: Study) -> Entry:
-    loss = partial(dkd_distillation_loss, **DKD, label_smoothing=study.settings.kd_label_smoothing)
-    return Entry("3", "DKD", Arm("dkd", loss, (study.teacher,)), study.settings)
-
-
-def _dist(study: Study) -> Entry:
-    loss = partial(dist_distillation_loss, **DIST, label_smoothing=study.settings.kd_label_smoothing)
-    return Entry("3", "DIST", Arm("dist", loss, (study.teacher,)), study.settings)
-
-
-def _kd_standardized(study: Study) -> Entry:
-    loss = partial(standardised_distillation_loss, **STANDARDISED, label_smoothing=study.settings.kd_label_smoothing)
-    return Entry("3", "Standardised logits", Arm("kd_standardized", loss, (study.teacher,)), study.settings)
+def _other_loss(study: Study, name: str, words: str) -> Entry:
+    settings = dataclasses.replace(study.settings, **OTHER_LOSSES[name])
+    return Entry("3", words, named_arm(name, settings, [study.teacher]), study.settings)
 
 
 def _scratch_equal_steps(study: Study) -> Entry:
@@ -246,9 +232,9 @@ ENTRIES: dict[str, Callable[[Study], Entry]] = {
     "kd_warm_start": _kd_warm_start,
     "kd_long": _kd_long,
     "kd_shuffled": _kd_shuffled,
-    "dkd": _dkd,
-    "dist": _dist,
-    "kd_standardized": _kd_standardized,
+    "dkd": partial(_other_loss, name="dkd", words="DKD"),
+    "dist": partial(_other_loss, name="dist", words="DIST"),
+    "kd_standardized": partial(_other_loss, name="kd_standardized", words="Standardised logits"),
     "scratch_equal_steps": _scratch_equal_steps,
     "kd_unlabelled": _kd_unlabelled,
     "scratch_all_labels": _scratch_all_labels,

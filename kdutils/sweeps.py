@@ -28,13 +28,14 @@ from kdutils.settings import (
     shown_path,
 )
 from kdutils.students import LOSSES, fit_student, named_arm
-from kdutils.teachers import FineTuning, fine_tune, prepare_fine_tuning, try_fine_tuning
+from kdutils.teachers import FineTuning, Teacher, fine_tune, prepare_fine_tuning, try_fine_tuning
 from kdutils.views import view_table
 
 COLUMNS = (
-    "what", "weights", "trial", "fold", "seed", "views", "epochs", "val_accuracy", "val_nll", "train_accuracy",
+    "what", "data", "weights", "trial", "fold", "seed", "views", "epochs", "val_accuracy", "val_nll", "train_accuracy",
     "seconds",
 )  # fmt: skip
+SWEEPS = ROOT / "report" / "sweeps"
 ARM = ("teachers", "rule")  # what a taught student's trial may name besides settings
 RULES = ("mean_prob", "mean_logit", "confidence")
 
@@ -54,6 +55,17 @@ class Sweep:
     seeds: list[int]
     trials: dict[str, dict[str, Any]]
     baseline: str
+
+    @property
+    def caption(self) -> str:
+        """What its table (`sweep_table`) shows."""
+        over = f"{len(self.folds)} folds of the labelled images and " if len(self.folds) > 1 else ""
+        guide = " (a guide: the folds share training images)" if len(self.folds) > 1 else ""
+        return (
+            f"{self.title}: accuracy on validation images, mean ± standard deviation over {over}{len(self.seeds)} "
+            "seed(s); paired difference to the baseline in points, with its 95 % confidence "
+            f"interval{guide}. Baseline: {self.baseline}."
+        )
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -218,27 +230,33 @@ def _try(
         weights, views = "+".join(teacher.checksum for teacher in taught_by), len(view_table(**settings.views))
     history = found.facts["history"]
     return {
-        "what": what, "weights": weights, "fold": fold, "seed": seed, "views": views,
+        "what": what, "data": labelled_checksum(_images(images)), "weights": weights, "fold": fold, "seed": seed,
+        "views": views,
         "epochs": len(history["val_accuracy"]), "val_accuracy": f"{history['val_accuracy'][-1]:.6f}",
         "val_nll": f"{history['val_loss'][-1]:.6f}", "train_accuracy": f"{history['train_accuracy'][-1]:.6f}",
         "seconds": f"{found.seconds:.1f}",
     }  # fmt: skip
 
 
+def try_grid(what: str, grid: Sequence[str], settings: Settings) -> list[tuple[Sweep, pd.DataFrame]]:
+    """Try a grid (`grid_sweep`) with the settings' seeds, and all else as in these settings: the sweep and its rows.
+
+    Raises `UserError` for what does not fit, before anything is trained.
+    """
+    sweep = grid_sweep(what, grid, settings.seeds)
+    parameters = {name: value for name, value in dataclasses.asdict(settings).items() if name != "profile"}
+    out = settings.run_folder / "sweeps" / f"{sweep.name}.csv"
+    return [(sweep, run_sweep(sweep, settings.profile, parameters, out))]
+
+
 def read_rows(path: Path) -> pd.DataFrame:
     """The rows that a sweep wrote."""
-    return pd.read_csv(path, dtype={"weights": str}, keep_default_na=False)
+    return pd.read_csv(path, dtype={"weights": str, "data": str}, keep_default_na=False)
 
 
-def grid_map(frame: pd.DataFrame, rows: str, columns: str) -> pd.DataFrame:
-    """Mean validation accuracy by the values of two settings, out of the trials that name both: for a heat map."""
-    points = []
-    for trial, accuracy in zip(frame.trial, frame.val_accuracy):
-        named = dict(part.split(" = ", 1) for part in trial.split(", ") if " = " in part)
-        if rows in named and columns in named:
-            values = {name: named[name] if name in ARM else checked(name, named[name]) for name in (rows, columns)}
-            points.append({**values, "val_accuracy": accuracy})
-    return pd.DataFrame(points).pivot_table(index=rows, columns=columns, values="val_accuracy")
+def labelled_checksum(dataset: Dataset) -> str:
+    """Checksums of the images and labels that trials may see."""
+    return "+".join(dataset.part_checksums[part] for part in ("train", "val"))
 
 
 def settings_of_trials(frame: pd.DataFrame) -> pd.DataFrame:
@@ -267,23 +285,24 @@ def sweep_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def selection_tables(profile: str, weights: Collection[str]) -> list[tuple[str, str, pd.DataFrame]]:
-    """Name, caption and table of every sweep in `report/sweeps/<profile>` that was made with these weights, which are
-    named by their checksums."""
+def committed_sweeps(
+    settings: Settings, dataset: Dataset, kinds: Collection[str], teachers: Sequence[Teacher] = ()
+) -> list[tuple[Sweep, pd.DataFrame]]:
+    """The sweeps in `report/sweeps/<profile>` of these kinds (`Sweep.what`), and their rows: of those alone that were
+    made with these very images, and with the weights behind these teachers.
+    """
+    data, weights = labelled_checksum(dataset), {"", *(teacher.checksum for teacher in teachers)}
     found = []
-    for path in sorted((ROOT / "report" / "sweeps" / Path(profile).stem).glob("*.yaml")):
-        if not path.with_suffix(".csv").is_file():
-            continue
-        rows = read_rows(path.with_suffix(".csv"))
-        if {checksum for joined in rows.weights for checksum in joined.split("+")} <= {*weights, ""}:
-            sweep = read_sweep(path)
-            several = len(sweep.folds) > 1
-            over = f"{len(sweep.folds)} folds of the labelled images and " if several else ""
-            guide = " (a guide: the folds share training images)" if several else ""
-            caption = (
-                f"{sweep.title}: accuracy on validation images, mean ± standard deviation over {over}"
-                f"{len(sweep.seeds)} seed(s); paired difference to the baseline in points, with its 95 % confidence "
-                f"interval{guide}. Baseline: {sweep.baseline}."
-            )
-            found.append((sweep.name, caption, sweep_table(rows)))
+    for path in sorted((SWEEPS / Path(settings.profile).stem).glob("*.yaml")):
+        sweep = read_sweep(path)
+        if sweep.what in kinds and path.with_suffix(".csv").is_file():
+            rows = read_rows(path.with_suffix(".csv"))
+            used = {checksum for joined in rows.weights for checksum in joined.split("+")}
+            if used <= weights and set(rows.data) == {data}:
+                found.append((sweep, rows))
     return found
+
+
+def is_map(sweep: Sweep) -> bool:
+    """Whether its trials are combinations of temperature and alpha, as `figures.setting_map` draws them."""
+    return any("temperature" in name and "alpha" in name for name in sweep.trials)

@@ -184,3 +184,19 @@ def test_it_reads_as_a_lab_report(path):
     text = "\n".join(prose(path))
     assert text.startswith(("# Task ", "# The study: ")) and "**Question.**" in text and "## What it means" in text
     assert read(path).cells[0].cell_type == "markdown"
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path.stem[0].isdigit()], ids=lambda path: path.stem)
+def test_it_ends_with_exercises_that_name_their_cell(path):
+    """Each says which cell to edit: the parameters cell, or that under a heading."""
+    last = read(path).cells[-1]
+    assert last.cell_type == "markdown" and last.source.startswith("## Exercises\n")
+    exercises = re.findall(r"^\d\. .+?(?=^\d\. |\Z)", last.source, re.MULTILINE | re.DOTALL)
+    assert 2 <= len(exercises) <= 3
+    headings = re.findall(r"^## (.+)$", "\n".join(prose(path)), re.MULTILINE)
+    names = {name for cell in code(path) for name in re.findall(r"\w+", cell.source)}
+    for exercise in exercises:
+        under = re.findall(r"the cell under \*(.+?)\*", exercise)
+        assert set(under) <= set(headings)
+        assert under or re.search(r"the parameters cell|the same cell", exercise)
+        assert set(re.findall(r"`([a-z_]\w*)(?: = [^`]*)?`", exercise)) <= names

@@ -8,6 +8,7 @@ import torch
 import yaml
 from conftest import message_of
 from safetensors.torch import save_file
+from test_students import fake_teacher
 
 from kdutils import students, sweeps, teachers
 from kdutils.__main__ import main
@@ -19,13 +20,15 @@ from kdutils.settings import ROOT, load_settings
 from kdutils.students import Arm, train_students
 from kdutils.sweeps import (
     COLUMNS,
-    grid_map,
+    committed_sweeps,
     grid_sweep,
+    is_map,
+    labelled_checksum,
     read_rows,
     read_sweep,
     run_sweep,
-    selection_tables,
     sweep_table,
+    try_grid,
 )
 from kdutils.teachers import check_weights, fine_tune
 
@@ -140,9 +143,33 @@ def test_the_committed_sweeps_are_complete():
         sweep, rows = read_sweep(path), read_rows(path.with_suffix(".csv"))
         expected = len(sweep.trials) * len(sweep.folds) * len(sweep.seeds)
         assert set(rows.trial) == set(sweep.trials) and len(rows) == expected, path
-        assert path.stem in [name for name, _, _ in selection_tables(path.parent.name, set(rows.weights))]
-        assert path.stem not in [name for name, _, _ in selection_tables(path.parent.name, ["of others"])]
-    assert selection_tables("demo", ["of others"]) == []
+        assert rows.data.nunique() == 1 and sweep.caption.endswith(f"Baseline: {sweep.baseline}.")
+
+
+def test_committed_sweeps_are_shown_for_their_own_images_and_weights_alone(tiny, toy_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "SWEEPS", tmp_path)
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    teacher = fake_teacher(toy_data)
+    data = labelled_checksum(toy_data)
+    for name, what, weights, seen in (
+        ("of-it", "kd", teacher.checksum, data), ("of-other-weights", "kd", "other", data),
+        ("of-other-images", "kd", teacher.checksum, "x+y"), ("not-run", "kd", None, data), ("alone", "scratch", "", data),
+    ):  # fmt: skip
+        sweep = GOOD | {"what": what, "folds": [0], "fixed": {}, "grids": [{}]}
+        sweep |= {"teachers": "resnet18"} if what == "kd" else {}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(sweep))
+        if weights is not None:
+            row = {column: 0 for column in COLUMNS} | {"data": seen, "weights": weights}
+            pd.DataFrame([row]).to_csv(folder / f"{name}.csv", index=False)
+
+    def shown(*arguments):
+        return [sweep.name for sweep, _ in committed_sweeps(tiny(), toy_data, *arguments)]
+
+    assert shown(["kd"], [teacher]) == ["of-it"] and shown(["kd"]) == []
+    assert shown(["scratch"]) == ["alone"] and shown(["kd", "scratch"], [teacher]) == ["alone", "of-it"]
+    monkeypatch.setattr(sweeps, "SWEEPS", tmp_path / "absent")
+    assert shown(["kd"], [teacher]) == []
 
 
 # Students
@@ -210,7 +237,6 @@ def test_students_are_those_of_the_notebooks_and_never_see_test_images(tiny_prof
     assert tuple(rows.columns) == COLUMNS and len(rows) == 4 and set(rows.fold) == {0} and set(rows.epochs) == {2}
     assert list(rows.what.unique()) == ["kd resnet18", "kd_mean_prob resnet50 resnet18"]
     assert set(rows.weights) == {"none", "none+none"} and set(rows.views) == {2}
-    assert grid_map(rows, "temperature", "teachers").shape == (2, 2)
 
     monkeypatch.undo()
     monkeypatch.setattr(students, "fit", lambda *_, **__: pytest.fail("a student was trained again"))
@@ -256,15 +282,35 @@ def test_a_trial_that_fails_is_named_and_the_others_are_kept(tiny_profile, tmp_p
     assert not (tmp_path / "runs" / "tiny" / "sweeps" / "scratch-learning_rate.csv").exists()
 
 
-def test_a_map_holds_the_mean_of_every_pair_of_values():
-    rows = pd.DataFrame({
-        "trial": ["baseline", *(f"temperature = {t}, alpha = {a}" for t in ("10", "2") for a in ("0.5", "0.9")
-                                for _ in range(2))],
-        "val_accuracy": [0.9, 0.1, 0.3, 0.3, 0.5, 0.5, 0.7, 0.7, 0.9],
-    })  # fmt: skip
-    found = grid_map(rows, "temperature", "alpha")
-    assert list(found.index) == [2, 10] and list(found.columns) == [0.5, 0.9]
-    assert found.loc[10, 0.5] == pytest.approx(0.2) and found.loc[2, 0.9] == pytest.approx(0.8)
+def test_a_notebooks_grid_is_the_sweep_of_its_own_settings(tiny, tmp_path):
+    settings = tiny(max_shift=0, epochs=1)
+    ((sweep, rows),) = try_grid("kd", ["temperature=1,2", "alpha=0.5"], settings)
+    assert is_map(sweep) and list(rows.trial.unique()) == [f"temperature = {t}, alpha = 0.5" for t in (1, 2)]
+    assert set(rows.seed) == set(settings.seeds) and set(rows.epochs) == {1} and set(rows.views) == {2}
+    ((alone, _),) = try_grid("scratch", ["learning_rate=0.01"], settings)
+    assert not is_map(alone)
+
+
+@pytest.mark.parametrize("what, grid", [
+    ("resnet18", ["resnet18_learning_rate=0.001,0.01"]), ("scratch", ["learning_rate=0.01,0.001"]),
+    ("kd", ["alpha=0.5,1.0"]), ("kd", ["teachers=resnet18+resnet50"]),
+])  # fmt: skip
+def test_other_test_labels_change_nothing_of_what_is_chosen(profile, tmp_path, monkeypatch, what, grid):
+    """Every trial, trained anew, does the same: no setting is chosen, and nothing trained, by a look at them."""
+    tables = []
+    for turn in (0, 3):
+        def load(settings, turn=turn):
+            found = load_data(settings)
+            labels = found.test.labels.roll(turn)
+            assert turn == 0 or not torch.equal(labels, found.test.labels)
+            return found._replace(test=found.test._replace(labels=labels))
+
+        monkeypatch.setattr(sweeps, "load_data", load)
+        sweeps._images.cache_clear()
+        rows = run_sweep(grid_sweep(what, grid, [0]), profile, {"runs_dir": str(tmp_path / f"runs{turn}")}, tmp_path / "x.csv")
+        tables.append(sweep_table(rows).to_dict())
+    sweeps._images.cache_clear()
+    assert tables[0] == tables[1]
 
 
 # Rotated validation folds
