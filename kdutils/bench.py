@@ -116,7 +116,7 @@ class _Bench(NamedTuple):
     def plain_loss(self, name: str) -> Callable:
         """The reference's loss of a student's arm, or a `teacher`'s; teachers run in every step."""
         s = self.settings
-        seen = {"size": s.teacher_size, "mode": s.teacher_resize}
+        seen: dict[str, Any] = {"size": s.teacher_size, "mode": s.teacher_resize}
         if name == "kd":
             return partial(
                 reference.distillation_loss, teachers=self.plain_teachers, temperature=s.temperature, alpha=s.alpha,
@@ -340,7 +340,7 @@ def _growth_works(bench: _Bench) -> dict[str, tuple[str, dict[float, Callable[[]
     settings, plan = bench.settings, bench.plan
     whole = max(1, settings.train_size // settings.batch_size)
 
-    def epoch(steps: int, scale: float = 1.0, **changes: int) -> Callable[[], float]:
+    def epoch(steps: int, scale: float = 1.0, **changes: Any) -> Callable[[], float]:
         work = _our_epoch(bench, "scratch", dataclasses.replace(settings, **changes), steps)
         return lambda: scale * _seconds(work, settings.device)
 

@@ -281,7 +281,7 @@ def primary_table(arms: Iterable[Sequence[StudentRun]], dataset: Dataset, settin
         lines.append({
             "Comparison": words[:1].upper() + words[1:], "Difference": signed(found.mean),
             "Over seeds": f"[{signed(found.low)}, {signed(found.high)}]" if found.n > 1 else "–",
-            "Over images": bootstrap_text(*runs, dataset), "n": found.n,
+            "Over images": bootstrap_text(runs[0], runs[1], dataset), "n": found.n,
             "p": _probability(_p_value(claim, rows)), "p (Holm)": _probability(adjusted),
         })  # fmt: skip
     return pd.DataFrame(lines)

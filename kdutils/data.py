@@ -184,7 +184,7 @@ def _cifar10(folder: Path) -> tuple[list[str], Split, Split]:
             ) from error
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
         parts.append(Split(images, torch.tensor(part.targets)))
-    return list(part.classes), *parts
+    return list(part.classes), parts[0], parts[1]
 
 
 def _shapes10(settings: Settings) -> tuple[list[str], Split, Split]:
@@ -198,7 +198,7 @@ def _shapes10(settings: Settings) -> tuple[list[str], Split, Split]:
                 f"data: shapes10 has {SHAPES10_SIZES[part]} images for {part}, {count} were asked for; lower {size}"
             )
         parts.append(Split(*shapes.draw(classes, count, seed=seed)))
-    return classes, *parts
+    return classes, parts[0], parts[1]
 
 
 def _folder(folder: Path, settings: Settings) -> tuple[list[str], Split, Split]:
@@ -261,7 +261,8 @@ def _list_images(folder: Path) -> dict[str, dict[str, os.stat_result]]:
             raise UserError(f"data: the class folder {shown_path(sub)} holds no images; add some or remove it")
         found[sub.name] = {entry.path: _stat(entry) for entry in images}
         others += [entry.path for entry in files if entry.path not in found[sub.name] and entry.name != "Thumbs.db"]
-        links += [Path(path) for path in (sub, *(e.path for e in images if e.is_symlink())) if os.path.islink(path)]
+        may_lead_out = [str(sub), *(entry.path for entry in images if entry.is_symlink())]
+        links += [Path(path) for path in may_lead_out if os.path.islink(path)]
     links = [link for link in links if not link.resolve().is_relative_to(folder.resolve())]
     for what, paths in (("no images by their names, and passed over", others), ("links to what lies elsewhere", links)):
         if paths:

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def export_student(network: SmallCNN, metadata: dict[str, str], form: str, path:
     write = {"onnx": _write_onnx, "torchscript": _write_torchscript}[form]
     pictures = torch.randint(256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     expected = predict(network, normalise(pictures))
-    classifier = Classifier(network).to(memory_format=torch.contiguous_format).eval()
+    classifier = Classifier(network).to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     found: list[float] = []
 
     def write_and_check(temporary: Path) -> None:
@@ -82,11 +83,11 @@ def _write_onnx(
         raise UserError(
             f"export: ONNX needs packages that are not here ({error}); type: pip install {' '.join(ONNX_PACKAGES)}"
         ) from error
-    names = {"input_names": ["pixels"], "output_names": ["logits"]}
+    names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["logits"]}
     dynamo = inspect.signature(torch.onnx.export).parameters.get("dynamo")
     if dynamo is not None and dynamo.default:
         batch = torch.export.Dim("N")
-        options = {"dynamic_shapes": ({0: batch},), "external_data": False, "verbose": False}
+        options: dict[str, Any] = {"dynamic_shapes": ({0: batch},), "external_data": False, "verbose": False}
     else:  # torch before 2.9
         options = {"dynamic_axes": {"pixels": {0: "N"}, "logits": {0: "N"}}}
     with warnings.catch_warnings():

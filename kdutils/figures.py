@@ -6,6 +6,7 @@ Save with the figure's own dpi (matplotlib's default): images in a PDF are sampl
 """
 import functools
 import math
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,7 +22,7 @@ WIDTH = 6.3    # inches: the report's text width
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8.5, "axes.titlesize": 9, "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.linewidth": 0.7, "lines.linewidth": 1.3, "lines.markersize": 4, "grid.color": "0.88",
@@ -169,8 +170,8 @@ def learning_curves(histories):
         axes.grid()
     entries = [Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], label=label)
                for i, label in enumerate(histories)] if len(histories) > 1 else []
-    entries += [Line2D([], [], color="0.3", linestyle=line, label=name)
-                for name, line in (("training", "--"), ("validation", "-"))]
+    entries += [Line2D([], [], color="0.3", linestyle="--", label="training"),
+                Line2D([], [], color="0.3", linestyle="-", label="validation")]
     figure.legend(handles=entries, loc="outside lower center", ncols=min(4, len(entries)))
     return figure
 
@@ -484,7 +485,8 @@ def disagreement_gallery(split, classes, right_a, right_b, names, columns=8, row
     """
     shares = [torch.as_tensor(right).cpu().double().mean(dim=0) for right in (right_a, right_b)]
     figure = Figure(figsize=(WIDTH, 2 * (0.3 + rows * (WIDTH / columns + 0.08))))
-    for part, first, second, (one, other) in zip(figure.subfigures(2, 1), shares, shares[::-1], (names, names[::-1])):
+    halves = figure.subfigures(2, 1, squeeze=False).flat
+    for part, first, second, (one, other) in zip(halves, shares, shares[::-1], (names, names[::-1])):
         chosen = ((first > 0.5) & (second < 0.5)).nonzero().flatten()
         order = (second - first)[chosen].argsort(stable=True)
         part.suptitle(f"right: {one}, wrong: {other} ({len(chosen):,} of {len(first):,} images)", fontsize=9)

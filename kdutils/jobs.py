@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -23,6 +23,7 @@ from kdutils.training import progress_lines
 
 Jobs = Mapping[str, Callable[[], Any]]
 Outcome = tuple[Any, str | None]  # a result, or the reason why there is none
+Outcomes = Generator[tuple[str, Outcome], None, None]  # by the names of the jobs
 
 
 def run_jobs(jobs: Jobs, workers: int = 1, scheduler: str | None = None, title: str = "jobs") -> dict[str, Any]:
@@ -73,19 +74,19 @@ def _attempt(job: Callable[[], Any]) -> Outcome:
         return None, " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _here(jobs: Jobs) -> Iterator[tuple[str, Outcome]]:
+def _here(jobs: Jobs) -> Outcomes:
     for name, job in jobs.items():
         yield name, _attempt(job)
 
 
-def _spread(jobs: Jobs, workers: int) -> Iterator[tuple[str, Outcome]]:
+def _spread(jobs: Jobs, workers: int) -> Outcomes:
     """In processes that each do one job after another; one that dies fails its own job, and another takes its place.
 
     `concurrent.futures` would fail all jobs then, and leave its processes behind where this one is killed.
     """
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads as they are
     threads = max(1, torch.get_num_threads() // workers)
-    waiting = list(reversed(jobs.items()))
+    waiting = list(jobs.items())[::-1]
     idle: list[tuple[Connection, BaseProcess]] = []
     busy: dict[Connection, tuple[str, BaseProcess]] = {}
 
@@ -104,7 +105,8 @@ def _spread(jobs: Jobs, workers: int) -> Iterator[tuple[str, Outcome]]:
                 busy[pipe] = name, process
                 with contextlib.suppress(BrokenPipeError):  # it died: the end of its pipe is read below
                     pipe.send(job)
-            for pipe in wait(list(busy)):
+            ready: list[Any] = wait(list(busy))
+            for pipe in ready:
                 name, process = busy.pop(pipe)
                 try:
                     outcome = pipe.recv()
@@ -147,7 +149,7 @@ def _client(address: str) -> Any:
         ) from error
 
 
-def _on_cluster(jobs: Jobs, address: str) -> Iterator[tuple[str, Outcome]]:
+def _on_cluster(jobs: Jobs, address: str) -> Outcomes:
     """On a Dask cluster, which gives the job of a worker that is lost to another."""
     with _client(address) as client:
         from distributed import as_completed

@@ -208,11 +208,11 @@ def cut(
     `standardize`: the last layer is given features of mean 0 and variance 1 (a BatchNorm without weights). Prefix and
     suffix share their modules with `model`.
     """
-    features = model.fc.in_features
+    features: int = model.fc.in_features  # type: ignore[union-attr, assignment]
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = FewPixelsConv2d
-    parts = OrderedDict(resize=Resize(size, resize))
+    parts: OrderedDict[str, nn.Module] = OrderedDict(resize=Resize(size, resize))
     parts |= {name: module for name, module in model.named_children() if name != "fc"}
     parts["flatten"] = nn.Flatten()
     if standardize:

@@ -154,7 +154,7 @@ def _target_lines(found: Mapping[str, Any]) -> list[list[str]]:
     on_gpu = found["machine"]["device"] == "cuda"
     lines = []
     for key, kind, cpu, gpu in TARGETS:
-        name, value, unit = RATIO_NAMES.get(key), found["ratios"].get(key), ""
+        name, value, unit = RATIO_NAMES.get(key, key), found["ratios"].get(key), ""
         if key in rows:
             name, value, unit = f"{rows[key]['name']}: speed-up", rows[key]["speedup"], "x"
         shown, target = "not measured", gpu if on_gpu else cpu
@@ -172,8 +172,8 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 def _aligned(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     width = max(len(line[0]) for line in lines)
-    lines = [[line[0].ljust(width), *line[1:]] for line in lines]
-    return pd.DataFrame(lines, columns=head).to_string(index=False).split("\n")
+    padded = [[line[0].ljust(width), *line[1:]] for line in lines]
+    return pd.DataFrame(padded, columns=list(head)).to_string(index=False).split("\n")
 
 
 def summary(found: Mapping[str, Any], table: Callable[..., list[str]] = _aligned) -> list[str]:

@@ -82,9 +82,10 @@ def _network(how: Pretraining, num_classes: int, init: Mapping[str, Tensor] | No
     else:
         model = with_state(how.arch, dict(init))
     network = cut(model, "all", how.size, num_classes, how.seed)[1]
-    last = {name: init[f"fc.{name}"].float() for name in ("weight", "bias") if f"fc.{name}" in (init or {})}
-    if last.keys() == {"weight", "bias"} and last["weight"].shape == network.fc.weight.shape:
-        network.fc.load_state_dict(last)
+    given, layer = init or {}, network.get_submodule("fc")
+    last = {name: given[f"fc.{name}"].float() for name in ("weight", "bias") if f"fc.{name}" in given}
+    if last.keys() == {"weight", "bias"} and last["weight"].shape == layer.weight.shape:
+        layer.load_state_dict(last)
     return network
 
 
@@ -145,7 +146,7 @@ def pretrain_on_folder(
     }  # fmt: skip
     how_long = f"{how.recipe.epochs} epoch{'s' * (how.recipe.epochs > 1)}, {how.size} px from {CROP_SIZE} px crops"
     description = f"{data['name']} ({data['classes']} classes, {data['train']:,} images), {how_long}"
-    if init:
+    if about_init is not None:
         description = f"{about_init['description']}; then {description}"
     header = {
         "arch": how.arch, "num_classes": str(len(classes)), "standin": "true", "description": description,

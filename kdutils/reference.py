@@ -126,12 +126,13 @@ def train(
 ) -> None:  # fmt: skip
     """Train what is not frozen, in place; whatever is frozen stays in eval mode."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    options = {"lr": learning_rate, "weight_decay": weight_decay}
     if optimizer == "sgd":
-        optim = torch.optim.SGD(trained, momentum=0.9, nesterov=True, **options)
+        optim = torch.optim.SGD(trained, learning_rate, weight_decay=weight_decay, momentum=0.9, nesterov=True)
     else:
-        optim = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer](trained, **options)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
+        optim = kind(trained, learning_rate, weight_decay=weight_decay)
     steps = epochs * len(batches)
+    rates: torch.optim.lr_scheduler.LRScheduler
     if schedule == "one_cycle":
         # at least 8: it divides by the length of the rise, less a step
         rates = torch.optim.lr_scheduler.OneCycleLR(

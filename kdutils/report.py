@@ -16,6 +16,7 @@ import subprocess
 import textwrap
 import unicodedata
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,8 +173,8 @@ _INTERVAL = re.compile(r"([-+−][\d.]+ )?\[[-+−][\d.]+, [-+−][\d.]+\]|–|"
 def _tabular(texts: pd.DataFrame) -> str:
     kinds, cells = [], []
     for _, column in texts.items():
-        numbers = [_NUMBER.fullmatch(text) for text in column]
-        is_number = None not in numbers
+        numbers = [number for number in map(_NUMBER.fullmatch, column) if number]
+        is_number = len(numbers) == len(column)
         kinds.append("r" if is_number or all(map(_INTERVAL.fullmatch, column)) else "l")
         if kinds[-1] == "l" and max(map(len, column), default=0) > 60:
             kinds[-1] = r"p{0.42\linewidth}"
@@ -235,7 +236,7 @@ def export_notebooks(notebooks: list[Path], out: Path) -> None:
     selection = ",".join(name for name in places if name.startswith(SELECTION))
     files[out / "notebooks.tex"] = f"\\def\\kdnotebooks{{{stems}}}\n\\def\\kdselection{{{selection}}}\n".encode()
     for path, content in files.items():
-        write_atomically(path, lambda part, content=content: part.write_bytes(content))
+        write_atomically(path, partial(Path.write_bytes, data=content))
     for old in {*out.glob("*.tex"), *out.glob("figures/*.pdf")} - files.keys() - {out / "macros.tex"}:
         old.unlink()
 
@@ -302,7 +303,7 @@ def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[
         values |= _row_values(with_teachers(rows, settings), which)
     main = at_budget(results, "", settings.get("epochs"))
     accuracy = main[(main.split == "test") & (main.metric == "accuracy") & ~main.task.isin(("2", "extra"))]
-    arms = {keys: rows.value for keys, rows in accuracy.groupby(["arm", "teachers"])}
+    arms: dict[Any, pd.Series] = {keys: rows.value for keys, rows in accuracy.groupby(["arm", "teachers"])}
     if arms:
         best = max(arms, key=lambda keys: arms[keys].mean())
         values |= {"best/words": _arm_words(*best), "best/pm": _spread(arms[best], True)["pm"]}
@@ -328,7 +329,8 @@ def trained_part(arch: str, settings: Mapping[str, Any]) -> str:
 
 
 def _row_values(rows: pd.DataFrame, which: str) -> dict[str, str]:
-    values = {}
+    values: dict[str, str] = {}
+    keys: Any  # texts: pandas-stubs says Hashable
     for keys, group in rows.groupby(["arm", "teachers", "split", "metric"]):
         per_cent = "accuracy" in keys[-1] or keys[-1].startswith("agreement")
         path = "/".join([which, *keys] if which else keys)
@@ -411,8 +413,9 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row an arm, in words: mean and standard deviation over its seeds of the test accuracy; NLL; ECE."""
     test = _normal(results[results.split == "test"])
     counts = test.groupby(["arm", "teachers"])[["labels", "epochs"]].nunique()
-    varying = [name for name in counts if counts[name].max() > 1]
+    varying = [str(name) for name in counts if counts[name].max() > 1]
     rows = []
+    keys: Any  # texts: pandas-stubs says Hashable
     for keys, group in test.groupby(["task", "arm", "teachers", *varying], sort=False):
         task, arm, teachers = keys[:3]
         by = {metric: column.value for metric, column in group.groupby("metric")}

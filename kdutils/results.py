@@ -22,9 +22,10 @@ from kdutils.training import predict
 PARTS = ("train", "val", "test")
 LONG = "long"
 Scores = dict[tuple[str, str], float]
+Run = StudentRun | TeacherRun
 
 
-def scores(run: StudentRun | TeacherRun, dataset: Dataset) -> Scores:
+def scores(run: Run, dataset: Dataset) -> Scores:
     """Every measure of one trained model, by (part of the data, metric); accuracies are fractions."""
     found: Scores = {}
     for part in PARTS:
@@ -76,7 +77,7 @@ def _rows(task, arm, teachers, epochs, seed, found: Scores, settings: Settings) 
     ]
 
 
-def column(runs: Sequence[StudentRun | TeacherRun], dataset: Dataset, part: str, metric: str) -> list[float]:
+def column(runs: Sequence[Run], dataset: Dataset, part: str, metric: str) -> list[float]:
     """One measure of every run, in the order of the seeds; `metric` as in `results.csv`."""
     measure = {
         "accuracy": metrics.accuracy, "nll": metrics.nll, "ece": metrics.ece,
@@ -97,7 +98,7 @@ def flip_column(runs: Sequence[StudentRun], dataset: Dataset, settings: Settings
     ]
 
 
-def right(runs: Sequence[StudentRun | TeacherRun], dataset: Dataset) -> Tensor:
+def right(runs: Sequence[Run], dataset: Dataset) -> Tensor:
     """Which test images each run classifies right: bool [runs, N]."""
     return torch.stack([metrics.correct(run.logits["test"], dataset.test.labels) for run in runs])
 
@@ -110,7 +111,7 @@ def spread(values: Sequence[float], percent: bool = False) -> str:
 
 
 def comparison(
-    entries: Iterable[tuple[str, Sequence[StudentRun | TeacherRun]]],
+    entries: Iterable[tuple[str, Sequence[Run]]],
     dataset: Dataset,
     baseline: Sequence[StudentRun] | None = None,
 ) -> pd.DataFrame:
@@ -135,7 +136,7 @@ def comparison(
     return pd.DataFrame(lines)
 
 
-def difference_text(runs: Sequence[StudentRun], baseline: Sequence[StudentRun], dataset: Dataset) -> str:
+def difference_text(runs: Sequence[Run], baseline: Sequence[Run], dataset: Dataset) -> str:
     """Paired difference of test accuracies in points, with its 95 % confidence interval over seeds."""
     pairs = [[100 * value for value in column(r, dataset, "test", "accuracy")] for r in (runs, baseline)]
     found = metrics.paired_difference(*pairs)
@@ -143,7 +144,7 @@ def difference_text(runs: Sequence[StudentRun], baseline: Sequence[StudentRun], 
     return f"{found.mean:+.2f}{interval}".replace("-", "−")
 
 
-def bootstrap_text(runs: Sequence[StudentRun], baseline: Sequence[StudentRun], dataset: Dataset) -> str:
+def bootstrap_text(runs: Sequence[Run], baseline: Sequence[Run], dataset: Dataset) -> str:
     """The 95 % interval of the same difference, in points, over draws of the test images."""
     found = metrics.bootstrap_difference(*(right(r, dataset).cpu().numpy() for r in (runs, baseline)))
     return f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]".replace("-", "−")
@@ -251,7 +252,7 @@ def at_budget(results: pd.DataFrame, which: str, epochs: int | None) -> pd.DataF
     return results[~several | at_epochs]
 
 
-def accuracy_frame(arms: dict[str, Sequence[StudentRun | TeacherRun]], dataset: Dataset) -> pd.DataFrame:
+def accuracy_frame(arms: dict[str, Sequence[Run]], dataset: Dataset) -> pd.DataFrame:
     """Test accuracy (a fraction) of every run: columns arm, label (the dictionary's key), seed, accuracy."""
     return pd.DataFrame([
         {"arm": label, "label": label, "seed": run.seed, "accuracy": accuracy}

@@ -386,7 +386,7 @@ def pick_precision(precision: str, device: str) -> str:
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.12 and later
+        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.12 and later
         fast = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
         return "bfloat16" if fast else "float32"
     return "float32"

@@ -200,6 +200,7 @@ def fit_arguments(
     arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None
 ) -> dict[str, Any]:
     """What `fit` is given to train the student of an arm and seed, but for the network and where it is kept."""
+    pixels: Callable[[Tensor, Tensor], Tensor]
     if pool is None:
         viewed = make_views(dataset.train.images, **settings.views)
         labels, num_views, pixels = dataset.train.labels, len(viewed.table), functools.partial(view_pixels, viewed)

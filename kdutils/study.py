@@ -27,14 +27,14 @@ from kdutils.training import progress_lines
 from kdutils.views import Pool, pool_of_draws, pool_of_views
 
 LONG = 100  # epochs of the long budget
-EARLIER_RECIPE = {
+EARLIER_RECIPE: dict[str, Any] = {
     "epochs": 30, "batch_size": 64, "optimizer": "adam", "schedule": "constant", "learning_rate": 0.001,
     "weight_decay": 0.0, "label_smoothing": 0.0,
 }  # fmt: skip
 EARLIER_TEMPERATURE, EARLIER_ALPHA = 4.0, 0.8
 DRAWS = 15  # random draws of the earlier submission's augmentation that are kept of every image
 # first guesses, not tuned: a loss that does no better here than that of Hinton et al. may do so with others
-OTHER_LOSSES = {
+OTHER_LOSSES: dict[str, dict[str, Any]] = {
     "dkd": {"temperature": 4.0, "alpha": 0.5},
     "dist": {"temperature": 1.0, "alpha": 0.5},
     "kd_standardized": {"temperature": 2.0, "alpha": 0.5},
@@ -281,8 +281,8 @@ def run_study(
 
     Raises `UserError` when there is no group, and for jobs that failed twice.
     """
-    parameters = json.dumps(dict(parameters))
-    study = _study(profile, parameters)
+    as_json = json.dumps(dict(parameters))
+    study = _study(profile, as_json)
     groups = study.settings.study
     if not groups:
         raise UserError(f"study: no group is named; give -p study '[\"controls\"]', of {', '.join(STUDY_GROUPS)}")
@@ -297,7 +297,7 @@ def run_study(
         teach(study.teacher, study.with_rest(labelled=False), study.dataset, study.settings)
     run_jobs(
         {
-            f"{name}, seed {seed}": partial(train_entry, profile, parameters, name, seed)
+            f"{name}, seed {seed}": partial(train_entry, profile, as_json, name, seed)
             for name in entries_of(groups) for seed in study.settings.seeds
         },
         workers, scheduler, title="students of the study",

@@ -174,11 +174,11 @@ def run_sweep(
     if any(trial.keys() & {"data", "train_size", "val_size", "split_seed"} for trial in sweep.trials.values()):
         raise UserError(f"sweep: {sweep.name} changes the data; every trial must see the same images")
     settings, arms = {}, {}
-    for name, trial in sweep.trials.items():
-        changes = {setting: value for setting, value in trial.items() if setting not in ARM}
+    for name, values in sweep.trials.items():
+        changes = {setting: value for setting, value in values.items() if setting not in ARM}
         settings[name] = load_settings(profile, **{**parameters, **changes})
-        named = str(trial.get("teachers", "")).split("+")
-        arms[name] = [arch for arch in ARCHITECTURES if arch in named], trial.get("rule", RULES[0])
+        named = str(values.get("teachers", "")).split("+")
+        arms[name] = [arch for arch in ARCHITECTURES if arch in named], values.get("rule", RULES[0])
     first = next(iter(settings.values()))
     apply_threads(first)
     check_writable(out.parent, "--out")
@@ -188,14 +188,15 @@ def run_sweep(
     folds = {fold: rotate_validation(_images(images), fold) for fold in sweep.folds}
     made = set()
     for trial, used in settings.items():
-        for fold in folds.values() if sweep.what in ARCHITECTURES else ():
-            prepare_fine_tuning(sweep.what, fold, used, sweep.seeds)
+        for dataset in folds.values() if sweep.what in ARCHITECTURES else ():
+            prepare_fine_tuning(sweep.what, dataset, used, sweep.seeds)
         for arch in arms[trial][0]:
             path = FineTuning(arch, folds[0], used).logits_path
             if path not in made:
                 fine_tune(arch, folds[0], used)
                 made.add(path)
-    jobs, rows, known = {}, [], {}
+    jobs, rows = {}, []
+    known: dict[str, str] = {}
     for (trial, used), fold, seed in itertools.product(settings.items(), sweep.folds, sweep.seeds):
         name = f"{trial}, fold {fold}, seed {seed}"
         same = known.setdefault(json.dumps([arms[trial], used.identity(), fold, seed]), name)

@@ -461,7 +461,7 @@ class FineTuning:
     @cached_property
     def fitted(self) -> dict[int, nn.Module]:
         """The fitted suffixes by teacher seed."""
-        suffixes = {}
+        suffixes: dict[int, nn.Module] = {}
         for seed in self.settings.teacher_seeds:
             suffixes[seed] = memory_format(self.cut(seed)[1].to(self.settings.device))
             suffixes[seed].load_state_dict(self.suffix(seed).tensors)

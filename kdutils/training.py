@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from kdutils.runs import write_atomically
 from kdutils.settings import UserError, shown_path
 
 History = dict[str, list[float]]
+Network = TypeVar("Network", bound=nn.Module)
 # seconds between checkpoints, at least: within an epoch; at its end, so that what is cut goes on within one epoch
 CHECKPOINT_EVERY, CHECKPOINT_AT_END = 15.0, 1.0
 
@@ -50,9 +51,9 @@ def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def memory_format(model: nn.Module) -> nn.Module:
+def memory_format(model: Network) -> Network:
     """Lay out convolution weights channels-last, the faster layout of both CPUs and GPUs."""
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def draw(seed: int, epoch: int, num_examples: int, num_views: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,8 @@ def fit(
     history: History = {key: [] for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")}
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     saver = _Saver(checkpoint, parts, history)
-    first, first_step, total, correct = (t.to(device) if isinstance(t, Tensor) else t for t in saver.restore())
+    first, first_step, total, correct = saver.restore()
+    total, correct = total.to(device), correct.to(device)
 
     def mean_loss(epoch: int, step: int) -> float:
         return finite(total.item() / step, "the loss", epoch)
@@ -170,13 +172,15 @@ def make_optimizer(
     model: nn.Module, recipe: Recipe, device: torch.device, last_layer_factor: float = 1.0
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer for what can be trained of the model; fused where torch has that."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
             rate = recipe.learning_rate * (last_layer_factor if name.startswith("fc.") else 1.0)
-            groups.setdefault((decay, rate), []).append(parameter)
-    groups = [{"params": members, "weight_decay": decay, "lr": rate} for (decay, rate), members in groups.items()]
+            members.setdefault((decay, rate), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": alike, "weight_decay": decay, "lr": rate} for (decay, rate), alike in members.items()
+    ]
     fused = device.type in ("cpu", "cuda")
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=fused)
@@ -208,6 +212,7 @@ class _Saver:
         return self.path is not None and time.monotonic() - self.last >= max(every, CHECKPOINT_EVERY * 4 * self.cost)
 
     def save(self, epoch: int, step: int, total: Tensor, correct: Tensor) -> None:
+        assert self.path is not None  # nothing is due without one
         start = time.monotonic()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"history": self.history, "epoch": epoch, "step": step, "total": total, "correct": correct}
