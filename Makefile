@@ -107,7 +107,7 @@ bench: $(stamp)
 	$(run) bench --profile $(call quote,$(PROFILE)) $(params)
 
 clean:
-	rm -rf .pytest_cache .hypothesis .ruff_cache build kdutils.egg-info report/report.latex
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache build kdutils.egg-info report/report.latex
 	rm -f $(foreach ext,aux bbl blg fdb_latexmk fls lof log lot out synctex.gz toc,report/*.$(ext))
 	find $(wildcard kdutils tests notebooks report) -type d \
 		'(' -name __pycache__ -o -name .ipynb_checkpoints ')' -prune -exec rm -rf {} +
