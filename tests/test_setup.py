@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -68,6 +69,13 @@ def test_constraints_pin_every_requirement_once(python):
     for requirement in required:
         version = next(iter(pinned[canonicalize_name(requirement.name)].specifier)).version
         assert requirement.specifier.contains(version), requirement
+
+
+def test_ruff_is_the_same_by_hand_and_before_a_commit():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    revision = next(hook["rev"] for hook in hooks if hook["repo"].endswith("/ruff-pre-commit"))
+    pin = next(pin for pin in read_requirements("constraints.txt") if pin.name == "ruff")
+    assert str(pin.specifier) == f"=={revision.removeprefix('v')}"
 
 
 def run_make(*arguments, **options):
