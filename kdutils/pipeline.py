@@ -129,7 +129,8 @@ def _progress_log(path: Path) -> Iterator[None]:
 def export(settings: Settings, out: Path) -> Path:
     """Export the executed notebooks into `out/generated`, beside their rows and provenance; returns that folder.
 
-    Into the project's own report folder, the executed notebooks are copied too and README.md's table is made anew.
+    Into the project's own report folder, the executed notebooks are copied too, and README.md's table and pictures are
+    made anew.
     """
     results, provenance = read_results(settings.run_folder), _read_provenance(settings.run_folder)
     if provenance["settings"] != json.loads(json.dumps(settings.identity())):
@@ -168,6 +169,7 @@ def export(settings: Settings, out: Path) -> Path:
             for arch in ARCHITECTURES:
                 save_logits(arch, dataset, settings, out / "teachers")
         report.update_readme(ROOT / "README.md", report.results_table(results), readme_note(provenance))
+        report.update_pictures(ROOT / "README.md", notebooks)
     return generated
 
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import textwrap
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,8 +124,13 @@ def show_figure(fig: Figure, name: str, caption: str, note: str = "") -> None:
     pdf, png = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42}):
         fig.savefig(pdf, format="pdf", bbox_inches="tight", pad_inches=0.02, metadata={"CreationDate": None})
+    fig.set_layout_engine("none")  # all stays where it is in the PDF, legends too: they would go to the picture's edge
+    for legend in fig.legends:
+        place = legend.get_bbox_to_anchor().transformed(fig.transFigure.inverted())
+        legend.set_bbox_to_anchor(place, fig.transFigure)
     lines = textwrap.fill(f"{caption} {note}".strip(), width=max(40, round(15 * fig.get_figwidth())))
-    fig.text(0.01, -0.02, lines, va="top", fontsize=9, color="0.25", parse_math=False)
+    below = min(0, fig.get_tightbbox().y0) / fig.get_figheight()  # something may stick out of the figure
+    fig.text(0.01, below - 0.02, lines, va="top", fontsize=9, color="0.25", parse_math=False)
     fig.savefig(png, format="png", dpi=110, bbox_inches="tight", facecolor="white")
     plt.close(fig)
     _shown("figure", name, caption, note, {
@@ -142,9 +147,8 @@ def show_table(frame: pd.DataFrame, name: str, caption: str, note: str = "") -> 
     """
     _check_name(name)
     texts = _as_text(frame)
-    heading = f"<caption style='text-align:left'>{html.escape(f'{caption} {note}'.strip())}</caption>"
-    page = texts.to_html(index=False, border=0).replace(">", f">{heading}", 1)
-    _shown("table", name, caption, note, {"text/html": page, "text/latex": _tabular(texts)})
+    heading = f"<p>{html.escape(f'{caption} {note}'.strip())}</p>"  # a <caption> is no wider than its table
+    _shown("table", name, caption, note, {"text/html": heading + _html(texts), "text/latex": _tabular(texts)})
 
 
 def _as_text(frame: pd.DataFrame) -> pd.DataFrame:
@@ -167,17 +171,34 @@ _NUMBER = re.compile(
     r"(?P<whole>(< )?[-+−]?[\d,]+|–|)(?P<fraction>\.\d+)?(?P<unit>e[-+]?\d+|\s*%)?"
     r"(?: ± (?P<sd_whole>[\d,]+)(?P<sd_fraction>\.\d+)?)?"
 )
-_INTERVAL = re.compile(r"([-+−][\d.]+ )?\[[-+−][\d.]+, [-+−][\d.]+\]|–|")
+_INTERVAL = re.compile(r"([-+−][\d.]+ )?(\[[-+−][\d.]+, [-+−][\d.]+\]|\(one seed\))|–|")
+
+
+def _is_right(column: pd.Series) -> bool:
+    """Whether a column of texts goes to the right: numbers, or differences with their intervals."""
+    return all(map(_NUMBER.fullmatch, column)) or all(map(_INTERVAL.fullmatch, column))
+
+
+def _html(texts: pd.DataFrame) -> str:
+    """The page of a table; JupyterLab puts every cell to the right that does not say where it goes."""
+    sides = ["right" if _is_right(column) else "left" for _, column in texts.items()]
+    lines = [("th", texts.columns), *(("td", row) for row in texts.to_numpy())]
+    rows = [
+        "".join(f"<{tag} style='text-align:{side}'>{html.escape(text)}</{tag}>" for side, text in zip(sides, row))
+        for tag, row in lines
+    ]
+    head, *body = (f"<tr>{row}</tr>\n" for row in rows)
+    return f"<table>\n<thead>{head}</thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>"
 
 
 def _tabular(texts: pd.DataFrame) -> str:
     kinds, cells = [], []
     for _, column in texts.items():
         numbers = [number for number in map(_NUMBER.fullmatch, column) if number]
-        is_number = len(numbers) == len(column)
-        kinds.append("r" if is_number or all(map(_INTERVAL.fullmatch, column)) else "l")
+        kinds.append("r" if _is_right(column) else "l")
         if kinds[-1] == "l" and max(map(len, column), default=0) > 60:
             kinds[-1] = r"p{0.42\linewidth}"
+        is_number = len(numbers) == len(column)
         cells.append(_on_the_point(numbers) if is_number else [tex(text) for text in column])
     frame = pd.DataFrame(list(zip(*cells, strict=True)), columns=[tex(name) for name in texts.columns], dtype=object)
     return frame.to_latex(index=False, escape=False, column_format="".join(kinds))
@@ -461,6 +482,21 @@ def update_readme(path: Path, frame: pd.DataFrame, notes: str = "") -> None:
         raise UserError(f"README: {shown_path(path)} needs one line {begin} and, after it, one line {end}")
     body = "\n\n".join(filter(None, [markdown_table(frame), notes.strip()]))
     write_text(path, f"{text[: text.index(begin)]}{begin}\n{body}\n{text[text.index(end) :]}")
+
+
+def update_pictures(readme: Path, notebooks: Sequence[Path]) -> None:
+    """Renew the pictures `docs/pictures/<name>.png` that a README shows and a notebook has as its figure `<name>`."""
+    import nbformat
+
+    shown = set(re.findall(r"docs/pictures/([a-z0-9-]+)\.png", readme.read_text(encoding="utf-8")))
+    for path in notebooks:
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", ()):
+                name = output.get("metadata", {}).get("kdutils", {}).get("name")
+                if name in shown and "image/png" in output.data:
+                    picture = base64.b64decode(output.data["image/png"])
+                    target = readme.parent / "docs" / "pictures" / f"{name}.png"
+                    write_atomically(target, lambda part, picture=picture: part.write_bytes(picture))
 
 
 # --- the PDF ---

@@ -332,7 +332,7 @@ class _CellBar(tqdm):
 def _bar(items=None, **options: Any) -> tqdm:
     """A live bar that stays when it is done, in a terminal or in a notebook's cell."""
     if _in_notebook():
-        return _CellBar(items, file=io.StringIO(), ncols=100, mininterval=0.5, **options)
+        return _CellBar(items, file=io.StringIO(), ncols=100, mininterval=0.5, ascii=False, **options)
     return tqdm(items, file=sys.stdout, dynamic_ncols=True, **options)
 
 

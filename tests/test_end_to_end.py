@@ -1,5 +1,6 @@
 """The whole path, tiny: four notebooks through papermill, run again, changed, broken, reported."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,18 @@ def test_profiles_differ_only_where_they_must():
     assert {"data", "weights"} <= {name for name in standin if standin[name] != given.get(name)}
     assert set(given) <= set(standin)
     assert {path.stem for path in PROFILES.glob("*.yaml")} == {"demo", "cifar10", "cifar10-standin"}
+
+
+def test_the_readmes_pictures_are_those_of_the_committed_notebooks(tmp_path):
+    """Each is there and is the figure of its name; a screenshot alone is no figure."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shown = set(re.findall(r"docs/pictures/[a-z0-9-]+\.png", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert shown == {f"docs/pictures/{path.name}" for path in (ROOT / "docs" / "pictures").iterdir()}
+    report.update_pictures(tmp_path / "README.md", sorted((report.REPORT / "notebooks").glob("*.ipynb")))
+    made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("docs/pictures/*")}
+    assert shown - made <= {"docs/pictures/jupyterlab.png"} and len(made) >= 4
+    for picture in made:
+        assert (tmp_path / picture).read_bytes() == (ROOT / picture).read_bytes(), picture
 
 
 def test_the_committed_report_matches_its_rows():

@@ -46,7 +46,7 @@ def test_what_a_saved_notebook_holds(client, monkeypatch):
     assert lines.pop() == "done"
     if client is Watched:
         views, thing = lines
-        assert views.startswith("views: 100%") and "5/5" in views
+        assert views.startswith("views: 100%|█") and "5/5" in views
         assert thing.startswith("thing: 100%") and "3.0/3 epochs" in thing and "val " in thing
     else:
         assert [line.partition(",")[0] for line in lines] == [f"thing: epoch {n}/3" for n in (1, 2, 3)]

@@ -1,5 +1,8 @@
 """The way from a notebook's outputs to the PDF: what is shown, what is exported, what the prose says."""
 
+import base64
+import html
+import io
 import re
 import shutil
 import subprocess
@@ -14,7 +17,7 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 
-from kdutils import report
+from kdutils import figures, report
 from kdutils.claims import CLAIMS, CORE
 from kdutils.settings import UserError
 
@@ -91,6 +94,26 @@ def test_a_figure_is_one_bundle_with_its_caption_and_is_closed(shown):
     assert shown[1][0]["application/pdf"] == data["application/pdf"]
 
 
+def bands(png):
+    """How many bands of rows with something in them a picture has, white rows between them."""
+    inked = (plt.imread(io.BytesIO(png))[..., :3] < 0.9).any(axis=(1, 2))
+    return int(inked[0]) + int((inked[1:] & ~inked[:-1]).sum())
+
+
+@pytest.mark.parametrize("arms", [1, 3])
+@pytest.mark.parametrize("sticks_out", [False, True])
+def test_a_figures_caption_is_under_all_else_that_it_shows(shown, arms, sticks_out):
+    history = {"train_loss": [2, 1], "val_loss": [2, 1], "train_accuracy": [0, 1], "val_accuracy": [0, 1]}
+    fig = figures.learning_curves({f"from ResNet-{arm}": [history] for arm in range(arms)})
+    plain = io.BytesIO()
+    fig.savefig(plain, format="png", dpi=110)
+    if sticks_out:
+        fig.text(0, -0.1, "label")
+    report.show_figure(fig, "curves", "gist")
+    with_caption = base64.b64decode(shown[0][0]["image/png"])
+    assert bands(with_caption) == bands(plain.getvalue()) + sticks_out + 1
+
+
 def test_a_table_is_html_and_booktabs_with_numbers_to_the_right(shown):
     row = {"Class_": "cat & dog", "n": 9000, "Accuracy": "68.60 ± 0.21", "NLL": None}
     frame = pd.DataFrame([row])
@@ -99,19 +122,22 @@ def test_a_table_is_html_and_booktabs_with_numbers_to_the_right(shown):
     assert metadata["kdutils"]["kind"] == "table"
     assert r"\begin{tabular}{lrrr}" in data["text/latex"] and r"\toprule" in data["text/latex"]
     assert r"cat \& dog & 9,000 & 68.60~±~0.21 & –" in data["text/latex"]
-    assert "cat &amp; dog" in data["text/html"] and "<caption" in data["text/html"]
+    page = data["text/html"]
+    assert page.index(html.escape(NASTY)) < page.index("<table")
+    assert "<td style='text-align:left'>cat &amp; dog</td><td style='text-align:right'>9,000</td>" in page
+    assert "<th style='text-align:left'>Class_</th><th style='text-align:right'>n</th>" in page
 
 
 def test_the_numbers_of_a_column_stand_on_their_decimal_points(shown):
     frame = pd.DataFrame({"Value": ["1.020 ± 0.007", "79.49 ± 10.45", "70.1", "–"], "Seeds": ["5", "10", "3", "1"],
-                          "Difference": ["–", "+1.33 [+0.86, +1.80]", "−0.42 [−1.23, +0.39]", "–"]})  # fmt: skip
+                          "Difference": ["–", "+1.33 [+0.86, +1.80]", "−0.42 [−1.23, +0.39]", "+0.90 (one seed)"]})  # fmt: skip
     report.show_table(frame, "scores", "caption")
     text = shown[0][0]["text/latex"]
     assert r"\begin{tabular}{rrr}" in text
     assert r"1.020~±~\phantom{0}0.007 & 5 &" in text
     assert r"79.49\phantom{0}~±~10.45\phantom{7} & 10 &" in text
     assert r"70.1\phantom{20}\phantom{~±~10.007} & 3 &" in text
-    assert r"–\phantom{.020}\phantom{~±~10.007} & 1 &" in text
+    assert r"–\phantom{.020}\phantom{~±~10.007} & 1 & +0.90 (one seed) \\" in text
 
 
 @pytest.mark.parametrize("name", ["", "Curves", "a b", "a_b", "a/b", None])
@@ -241,6 +267,22 @@ def test_readme_holds_the_table_between_its_marks_however_often_it_is_updated(tm
     assert "old" not in once and "α = 0.8" in once
     assert "| 3 | Student distilled from one teacher | ResNet-50 | 71.00 ± 1.00 | 3 |" in once
     assert "| 2 | ResNet-50, last layer fine-tuned | – | 80.50 ± 0.71 | 2 |" in once
+
+
+def test_the_pictures_that_a_readme_shows_are_the_notebooks_figures(tmp_path):
+    def shown(name, **data):
+        metadata = {"kdutils": {"name": name}}
+        return nbformat.v4.new_output("display_data", {kind.replace("_", "/"): value for kind, value in data.items()}, metadata=metadata)
+
+    outputs = [shown("curves", image_png="QUJD"), shown("other", image_png="REVG"), shown("words", text_html="<b>")]
+    cells = [nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell("x", outputs=outputs)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    readme, pictures = tmp_path / "README.md", tmp_path / "docs" / "pictures"
+    readme.write_text("![](docs/pictures/curves.png) ![](docs/pictures/words.png) ![](docs/pictures/screenshot.png)")
+    pictures.mkdir(parents=True)
+    (pictures / "screenshot.png").write_bytes(b"mine")
+    report.update_pictures(readme, [tmp_path / "a.ipynb"])
+    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == {"curves.png": b"ABC", "screenshot.png": b"mine"}
 
 
 def test_a_readme_without_marks_is_an_error(tmp_path):
