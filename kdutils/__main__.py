@@ -14,7 +14,7 @@ from kdutils.export import SUFFIX, export_student
 from kdutils.models import pretraining_facts, read_header
 from kdutils.predict import classify, find_student, load_student, prediction_lines, read_pictures
 from kdutils.pretraining import Pretraining, default_recipe, pretrain_on_folder
-from kdutils.report import REPORT, LatexMissing
+from kdutils.report import REPORT, LatexMissing, text_table
 from kdutils.runs import disk_error
 from kdutils.settings import (
     ARCHITECTURES,
@@ -219,6 +219,8 @@ def _run(options: argparse.Namespace) -> None:
     settings = pipeline.run(options.profile, _parameters(options))
     if options.report:
         _make_report(settings, options)
+    else:
+        print(text_table(pipeline.results_frame(settings.run_folder)))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -232,7 +234,7 @@ def _report(options: argparse.Namespace) -> None:
 def _make_report(settings: Settings, options: argparse.Namespace) -> None:
     out = project_path(options.out) if options.out else settings.run_folder
     generated = pipeline.export(settings, out)
-    print(pipeline.results_frame(settings.run_folder).to_string(index=False))
+    print(text_table(pipeline.results_frame(settings.run_folder)))
     try:
         print(f"report: {shown_path(pipeline.typeset(generated, out / 'report.pdf'))}")
     except LatexMissing as error:  # all but the PDF is there, and the message says how to get it

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import textwrap
 import threading
 import time
@@ -19,6 +20,7 @@ from kdutils.claims import claim_values, compare
 from kdutils.data import load_data
 from kdutils.metrics import parameter_count
 from kdutils.models import SmallCNN
+from kdutils.progress import Batch
 from kdutils.results import at_budget, read_results
 from kdutils.runs import results_checksum, write_text
 from kdutils.settings import (
@@ -61,27 +63,40 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     write_text(folder / EXECUTED_WITH, settings.digest())
     given = {"profile": profile} | {name: getattr(settings, name) for name in parameters}
     start = time.monotonic()
+    batch = _live_batch(settings)
     for name in notebooks_of(settings):
         begun = time.monotonic()
-        _execute(name, folder / f"{name}.ipynb", given, settings)
+        if batch:
+            batch.begin(name)
+        _execute(name, folder / f"{name}.ipynb", given, settings, batch)
         print(f"{name}: done in {_minutes(time.monotonic() - begun)}", flush=True)
     print(f"all notebooks: {_minutes(time.monotonic() - start)}; results in "
           f"{shown_path(settings.run_folder / 'results.csv')}")  # fmt: skip
+    print(f"\n{report.text_table(times_table(settings.run_folder))}\n")
     return settings
+
+
+def _live_batch(settings: Settings) -> Batch | None:
+    """For a terminal; elsewhere lines are printed as they come."""
+    if not sys.stdout.isatty():
+        return None
+    return Batch(notebooks_of(settings), settings, shutil.get_terminal_size().columns)
 
 
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
 
 
-def _execute(name: str, output: Path, parameters: Mapping[str, Any], settings: Settings) -> None:
+def _execute(
+    name: str, output: Path, parameters: Mapping[str, Any], settings: Settings, batch: Batch | None = None
+) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
     # it warns of every parameter that a notebook does not list; the notebooks refuse those that are no settings
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
-        with _progress_log(settings.run_folder / "progress.log"):
+        with _progress_log(settings.run_folder / "progress.log", batch):
             papermill.execute_notebook(
                 str(ROOT / "notebooks" / f"{name}.ipynb"), str(output), dict(parameters),
                 kernel_name="python3", cwd=str(ROOT / "notebooks"), progress_bar=False,
@@ -100,7 +115,7 @@ def _execute(name: str, output: Path, parameters: Mapping[str, Any], settings: S
 
 
 @contextlib.contextmanager
-def _progress_log(path: Path) -> Iterator[None]:
+def _progress_log(path: Path, batch: Batch | None = None) -> Iterator[None]:
     """Show in this terminal the progress lines that trainings in a notebook's kernel append to a file."""
     write_text(path, "")
     os.environ["KDUTILS_PROGRESS"] = str(path)
@@ -111,8 +126,10 @@ def _progress_log(path: Path) -> Iterator[None]:
             while True:
                 last = stop.is_set()
                 for line in log:
-                    print("  " + line.rstrip("\n"), flush=True)
+                    line = line.rstrip("\n")
+                    print(batch.text(line) if batch else f"  {line}\n", end="", flush=True)
                 if last:
+                    print(batch.end() if batch else "", end="", flush=True)
                     return
                 stop.wait(0.5)
 

@@ -182,7 +182,7 @@ def _is_right(column: pd.Series) -> bool:
 def _html(texts: pd.DataFrame) -> str:
     """The page of a table; JupyterLab puts every cell to the right that does not say where it goes."""
     sides = ["right" if _is_right(column) else "left" for _, column in texts.items()]
-    lines = [("th", texts.columns), *(("td", row) for row in texts.to_numpy())]
+    lines: list[tuple[str, list[str]]] = [("th", list(texts.columns)), *(("td", row) for row in texts.values.tolist())]
     rows = [
         "".join(f"<{tag} style='text-align:{side}'>{html.escape(text)}</{tag}>" for side, text in zip(sides, row))
         for tag, row in lines
@@ -496,7 +496,7 @@ def update_pictures(readme: Path, notebooks: Sequence[Path]) -> None:
                 if name in shown and "image/png" in output.data:
                     picture = base64.b64decode(output.data["image/png"])
                     target = readme.parent / "docs" / "pictures" / f"{name}.png"
-                    write_atomically(target, lambda part, picture=picture: part.write_bytes(picture))
+                    write_atomically(target, partial(Path.write_bytes, data=picture))
 
 
 # --- the PDF ---

@@ -1,9 +1,13 @@
-"""Progress in a notebook: a bar that leaves one line of text; in batch one plain line an epoch."""
+"""Progress: in a notebook a bar that leaves one line of text; in batch a plain line an epoch, one live line in a terminal."""
+
+import re
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from kdutils.pipeline import NOTEBOOKS
+from kdutils.progress import STUDENTS, Batch
 from kdutils.settings import ROOT
 
 CELL = f"""
@@ -50,3 +54,56 @@ def test_what_a_saved_notebook_holds(client, monkeypatch):
         assert thing.startswith("thing: 100%") and "3.0/3 epochs" in thing and "val " in thing
     else:
         assert [line.partition(",")[0] for line in lines] == [f"thing: epoch {n}/3" for n in (1, 2, 3)]
+
+
+# A batch run in a terminal
+
+
+def student(epoch, arm="scratch"):
+    return f"{arm}, seed 0: epoch {epoch}/3, loss 1.000, val 50.0%, 9 s left"
+
+
+@pytest.fixture
+def batch(tiny):
+    made = Batch([*NOTEBOOKS, "study"], tiny(seeds=[0, 1], epochs=3), width=90)
+    made.begin(NOTEBOOKS[0])
+    return made
+
+
+def test_a_stage_is_one_live_line_and_its_last_state_stays(batch):
+    texts = [batch.text(student(1), 0), batch.text(student(2), 1), batch.text(student(1, "kd resnet18"), 2), batch.end()]
+    assert [text[:1] for text in texts] == ["\r", "\r", "\n", "\n"] and batch.end() == ""
+    assert "".join(texts[:3]).count("\n") == 1
+    assert batch.text("resnet50: features of every view: 3/180, 40 s left") == (
+        "\r\x1b[K  [all ≤ 1 min + ResNets + study] resnet50: features of every view: 3/180, 40 s left"
+    )
+    assert batch.text("x: waiting for another process") == "\nx: waiting for another process\n"
+    assert batch.text(student(3), 5).startswith("\r")
+
+
+def test_no_line_is_wider_than_the_terminal(tiny):
+    batch = Batch(NOTEBOOKS, tiny(), width=40)
+    assert batch.text(student(1)) == "\r\x1b[K" + f"  {student(1)}"[:39]
+
+
+def test_the_time_left_counts_the_students_that_the_notebooks_to_come_may_train(batch):
+    assert batch.text(student(1), 0) == f"\r\x1b[K  {student(1)}"
+    # 3 epochs of 2 seeds of 6 arms, less the 2 seen, at a minute each
+    assert batch.text(student(2), 60) == f"\r\x1b[K  [all ≤ 34 min + ResNets + study] {student(2)}"[:93]
+    batch.text("scratch, seed 1: epoch 2/3, step 5 of 9, 7 s left", 70)
+    batch.text("resnet18, last_block, seed 0: epoch 1/3, loss 1.000, val 50.0%, 9 s left", 80)
+    assert batch.left() == "[all ≤ 34 min + ResNets + study] "
+    batch.begin(NOTEBOOKS[2])  # what was trained before took nothing
+    assert batch.left() == "[all ≤ 30 min + study] "
+    batch.begin("study")
+    assert batch.left() == ""
+
+
+def test_the_arms_that_notebooks_train_are_counted_right():
+    """Those of `train_students` in each, less those that an earlier one has."""
+    seen = set()
+    for name in NOTEBOOKS:
+        source = "\n".join(cell.source for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells)
+        trained = set(re.findall(r"^(\w+) = train_students\(", source, re.MULTILINE)) - {"students"} | {"scratch"}
+        assert len(trained - seen) == STUDENTS[name], name
+        seen |= trained
