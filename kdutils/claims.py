@@ -153,6 +153,12 @@ CLAIMS = (
     Claim("shuffled-scratch", "kd_shuffled/*", "scratch",
           _effect("distillation from the shuffled soft labels of {a}"), "controls"),
 
+    Claim("memory", "kd_out_of_fold/*", "kd/*",
+          _compared("distillation from {a} with soft labels of held-out images",
+                    "that with soft labels of its own training images"), "memory"),
+    Claim("memory-scratch", "kd_out_of_fold/*", "scratch",
+          _effect("distillation from {a} with soft labels of held-out images"), "memory"),
+
     Claim("earlier-recipe", "scratch", "scratch_earlier_recipe",
           _effect("the recipe of this report, in place of the earlier submission's,"), "earlier"),
     Claim("earlier-total", "kd_warm_start/*", "scratch_earlier_recipe",
@@ -233,7 +239,7 @@ PRIMARY = {  # the claims that are tests, whatever comes out, and how a table ca
     "two-better": "two teachers − the better one, {b}",
     "beyond-smoothing": "the better one, {a} − label smoothing",
 }
-STUDY = ("controls", "earlier", "losses", "budget")  # the groups of the report's section on controls
+STUDY = ("controls", "memory", "earlier", "losses", "budget")  # the groups of the report's section on controls
 
 
 def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:

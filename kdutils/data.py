@@ -135,6 +135,16 @@ def rotate_validation(dataset: Dataset, fold: int) -> Dataset:
         torch.cat([mine[: held_out.start], former, mine[held_out.stop :]])
         for mine, former in zip(dataset.train, dataset.val, strict=True)
     ))  # fmt: skip
+    return _with_parts(dataset, train, val)
+
+
+def training_part(dataset: Dataset, index: Tensor) -> Dataset:
+    """The data set with some of its training images alone, by their numbers int64 [n]."""
+    index = index.to(dataset.train.labels.device)
+    return _with_parts(dataset, Split(*(tensor[index] for tensor in dataset.train)), dataset.val)
+
+
+def _with_parts(dataset: Dataset, train: Split, val: Split) -> Dataset:
     checksums = {part: tensor_checksum(split._asdict())[:16] for part, split in (("train", train), ("val", val))}
     checksums = dataset.part_checksums | checksums
     return dataset._replace(train=train, val=val, part_checksums=checksums, checksum=fingerprint(checksums))

@@ -61,6 +61,7 @@ ARMS = {
     "earlier_recipe_longer": "student from scratch, earlier recipe twice",
     "kd_warm_start": "student distilled after the earlier recipe",
     "kd_shuffled": "student distilled, soft labels shuffled within classes",
+    "kd_out_of_fold": "student distilled, soft labels of held-out images",
     "dkd": "student distilled, DKD", "dist": "student distilled, DIST",
     "kd_standardized": "student distilled, logits standardised",
     "kd_unlabelled": "student distilled, unlabelled images too",

@@ -19,7 +19,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "notebooks" / "profiles"
 ARCHITECTURES = ("resnet50", "resnet18")
-STUDY_GROUPS = ("freeze", "controls", "losses", "earlier", "budget", "unlabelled")  # of arms beyond the four tasks' own
+# of arms beyond the four tasks' own
+STUDY_GROUPS = ("freeze", "controls", "memory", "losses", "earlier", "budget", "unlabelled")
 
 
 class UserError(Exception):

@@ -22,7 +22,7 @@ from kdutils.results import student_rows
 from kdutils.runs import artefact
 from kdutils.settings import STUDY_GROUPS, Settings, UserError, apply_threads, load_settings
 from kdutils.students import LOSSES, Arm, StudentRun, named_arm, train_students
-from kdutils.teachers import Teacher, fine_tune, shuffled_within_classes, teach
+from kdutils.teachers import Teacher, fine_tune, out_of_fold, shuffled_within_classes, teach
 from kdutils.training import progress_lines
 from kdutils.views import Pool, pool_of_draws, pool_of_views
 
@@ -199,6 +199,11 @@ def _kd_shuffled(study: Study) -> Entry:
     return Entry("3", "Shuffled soft labels", Arm("kd_shuffled", study.distil, (shuffled,)), study.settings)
 
 
+def _kd_out_of_fold(study: Study) -> Entry:
+    teacher = out_of_fold(study.teacher, study.dataset, study.settings)
+    return Entry("3", "Held-out soft labels", Arm("kd_out_of_fold", study.distil, (teacher,)), study.settings)
+
+
 def _other_loss(study: Study, name: str, words: str) -> Entry:
     settings = dataclasses.replace(study.settings, **OTHER_LOSSES[name])
     return Entry("3", words, named_arm(name, settings, [study.teacher]), study.settings)
@@ -232,6 +237,7 @@ ENTRIES: dict[str, Callable[[Study], Entry]] = {
     "kd_warm_start": _kd_warm_start,
     "kd_long": _kd_long,
     "kd_shuffled": _kd_shuffled,
+    "kd_out_of_fold": _kd_out_of_fold,
     "dkd": partial(_other_loss, name="dkd", words="DKD"),
     "dist": partial(_other_loss, name="dist", words="DIST"),
     "kd_standardized": partial(_other_loss, name="kd_standardized", words="Standardised logits"),
@@ -243,6 +249,7 @@ ENTRIES: dict[str, Callable[[Study], Entry]] = {
 GROUPS = {
     "freeze": (),  # ResNets alone: `Study.other_part`
     "controls": ("no_label_smoothing", "kd_shuffled"),
+    "memory": ("kd_out_of_fold",),
     "losses": ("dkd", "dist", "kd_standardized"),
     "earlier": ("scratch_earlier_recipe", "earlier_recipe_longer", "kd_warm_start"),
     "budget": ("scratch_long", "kd_long"),
@@ -291,6 +298,8 @@ def run_study(
     if "freeze" in groups:
         for teacher in teachers:
             study.other_part(teacher.arch)
+    if "memory" in groups:
+        out_of_fold(study.teacher, study.dataset, study.settings)
     if "earlier" in groups:
         teach(study.teacher, study.earlier, study.dataset, study.settings)
     if "unlabelled" in groups:

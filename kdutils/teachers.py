@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdutils import shapes
 from kdutils.compat import ensure_torchvision
-from kdutils.data import Dataset, Split
+from kdutils.data import Dataset, Split, training_part
 from kdutils.losses import cross_entropy
 from kdutils.models import Source, backbone_source, cut, fold_batch_norms, load_backbone, normalise, with_state
 from kdutils.pretraining import Pretraining, pretrain
@@ -184,6 +184,43 @@ def teach(teacher: Teacher, pool: Pool, dataset: Dataset, settings: Settings) ->
         )
         for i, run in enumerate(teacher.runs)
     ])  # fmt: skip
+
+
+def out_of_fold(teacher: Teacher, dataset: Dataset, settings: Settings, folds: int = 3) -> Teacher:
+    """A control: `view_logits` by runs that did not see the image. The training images are cut into `folds` parts, and
+    each is labelled by fine-tunings on the others, one a teacher seed, by the settings' recipe.
+
+    A teacher that remembers its training images says little more of them than their labels; these do not remember.
+    Raises `UserError` where only the teacher's logits are at hand.
+    """
+    if logits_file(settings.weights, teacher.arch) is not None:
+        raise UserError(
+            f"weights: {settings.weights} holds {teacher.arch}'s logits only; to fine-tune it on parts of the training "
+            "images, give the ResNet's weights"
+        )
+    every, found = torch.arange(len(dataset.train.labels)), []
+    for number, held in enumerate(every.chunk(folds)):
+        rest = torch.cat([every[: held[0]], every[held[-1] + 1 :]])
+        taught, asked = (FineTuning(teacher.arch, training_part(dataset, part), settings) for part in (rest, held))
+        key = taught.key("out of fold", seeds=settings.teacher_seeds, images=asked.dataset.part_checksums["train"])
+        found.append(artefact(taught.folder, f"{taught.name}-fold{number}", key, partial(_labelled, taught, asked)))
+    logits = torch.cat([one.tensors["logits"] for one in found], dim=1)  # [S, N, V, C]
+    made_by = [one.fingerprint for one in found]
+    return dataclasses.replace(teacher, runs=[
+        dataclasses.replace(
+            run, view_logits=logits[i].to(settings.device),
+            fingerprint=fingerprint({"what": "out of fold", "run": run.fingerprint, "folds": made_by}),
+        )
+        for i, run in enumerate(teacher.runs)
+    ])  # fmt: skip
+
+
+def _labelled(taught: "FineTuning", asked: "FineTuning") -> tuple[dict[str, Tensor], dict]:
+    """What one fine-tuning says of another's training images, as an artefact's content."""
+    suffixes = taught.fitted
+    views = progress_lines(range(asked.num_views), f"{asked.arch}: labels held-out images")
+    found = [asked.view_logits(suffixes, "train", view)[0]["logits"] for view in views]
+    return {"logits": torch.stack(found, dim=2)}, {}
 
 
 def shuffled_within_classes(teacher: Teacher, labels: Tensor, seed: int = 0) -> Teacher:

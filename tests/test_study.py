@@ -14,13 +14,13 @@ from test_students import fake_teacher, same_runs
 from torchvision import models as zoo
 
 from kdutils import study as study_module
-from kdutils.data import left_over, load_data
+from kdutils.data import Split, left_over, load_data, training_part
 from kdutils.losses import cross_entropy, distillation_loss
 from kdutils.models import seeded
 from kdutils.settings import load_settings
 from kdutils.students import Arm, train_students
 from kdutils.study import ENTRIES, Study, earlier_augmentation, train_entry
-from kdutils.teachers import shuffled_within_classes, teach
+from kdutils.teachers import out_of_fold, shuffled_within_classes, teach
 from kdutils.views import make_views, pool_of_draws, pool_of_views, view_pixels
 
 
@@ -158,6 +158,32 @@ def test_a_teacher_labels_its_own_images_as_before(study):
         for before, after in zip(teacher.runs, taught.runs, strict=True):
             torch.testing.assert_close(after.view_logits, before.view_logits, rtol=2e-3, atol=2e-3)
             assert after.fingerprint != before.fingerprint
+
+
+def test_held_out_images_are_labelled_by_fine_tunings_on_the_others(study):
+    """Other labels of a part change what is said of the rest, and not what is said of that part."""
+    settings, dataset, teacher = study.settings, study.dataset, study.teacher
+    found = out_of_fold(teacher, dataset, settings, folds=4)
+    images, labels = dataset.train
+    part = torch.arange(len(labels)).chunk(4)[1]
+    others = labels.clone()
+    others[part] = (labels[part] + 1) % 10
+    changed = training_part(dataset, torch.arange(len(labels)))._replace(train=Split(images, others))
+    checksums = changed.part_checksums | {"train": "other labels"}
+    again = out_of_fold(teacher, changed._replace(part_checksums=checksums), settings, folds=4)
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[part] = False
+    for own, before, after in zip(teacher.runs, found.runs, again.runs, strict=True):
+        assert before.view_logits.shape == own.view_logits.shape and before.view_logits.dtype == own.view_logits.dtype
+        assert len({own.fingerprint, before.fingerprint, after.fingerprint}) == 3
+        assert torch.equal(before.view_logits[part], after.view_logits[part])
+        differs = (before.view_logits != after.view_logits).flatten(1).any(dim=1)
+        assert differs[rest].all()
+    loaded = out_of_fold(teacher, dataset, settings, folds=4)
+    assert torch.equal(loaded.runs[0].view_logits, found.runs[0].view_logits)
+    assert loaded.runs[0].fingerprint == found.runs[0].fingerprint
+    message = message_of(out_of_fold, teacher, dataset, dataclasses.replace(settings, weights="report/teachers"))
+    assert "logits only" in message and "give the ResNet's weights" in message
 
 
 def test_the_teacher_is_chosen_on_validation_images(study):
