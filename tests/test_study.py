@@ -17,9 +17,10 @@ from kdutils import study as study_module
 from kdutils.data import Split, left_over, load_data, training_part
 from kdutils.losses import cross_entropy, distillation_loss
 from kdutils.models import seeded
-from kdutils.settings import load_settings
+from kdutils.settings import ROOT, load_settings
 from kdutils.students import Arm, train_students
-from kdutils.study import ENTRIES, Study, earlier_augmentation, train_entry
+from kdutils.study import ENTRIES, OTHER_LOSSES, Study, earlier_augmentation, train_entry
+from kdutils.sweeps import read_rows, read_sweep, settings_of_trials
 from kdutils.teachers import out_of_fold, shuffled_within_classes, teach
 from kdutils.views import make_views, pool_of_draws, pool_of_views, view_pixels
 
@@ -196,6 +197,15 @@ def test_the_teacher_is_chosen_on_validation_images(study):
     good, bad = ([dataclasses.replace(run, logits=run.logits | {"val": x}) for run in better.runs] for x in (right, -right))
     swapped.teachers = (dataclasses.replace(better, runs=bad), dataclasses.replace(better, arch="resnet50", runs=good))
     assert swapped.teacher.arch == "resnet50"
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_the_other_losses_are_set_as_their_committed_sweeps_found_best(name):
+    (path,) = (ROOT / "report" / "sweeps").glob(f"*/{name.replace('_', '-')}.csv")
+    sweep, rows = read_sweep(path.with_suffix(".yaml")), settings_of_trials(read_rows(path))
+    assert sweep.what == name and len(rows.dropna().groupby(["temperature", "alpha"])) == 9
+    means = rows.groupby(["temperature", "alpha"]).val_accuracy.mean()
+    assert means[tuple(OTHER_LOSSES[name][key] for key in ("temperature", "alpha"))] == pytest.approx(means.max())
 
 
 @pytest.mark.parametrize("name", ENTRIES)
