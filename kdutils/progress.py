@@ -1,5 +1,6 @@
 """A batch run's progress in a terminal: one live line for each stage, and how long the whole may still take."""
 
+import math
 import re
 import statistics
 import time
@@ -15,8 +16,8 @@ _LINE = re.compile(r"(?P<stage>.+?): (epoch (?P<epoch>\d+)/\d+, (?P<whole>loss )
 class Batch:
     """What the progress lines of a batch run's notebooks amount to: `text` makes a terminal's text of each.
 
-    width: the terminal's columns. The time left is an upper bound: it counts every student that the notebooks to come
-    would train, and those that are trained already take none.
+    width: the terminal's columns. The time left counts every student that the notebooks to come would train; those that
+    are trained already take none, so it may be too long. A line too wide for it goes without.
     """
 
     def __init__(self, notebooks: Sequence[str], settings: Settings, width: int):
@@ -42,7 +43,8 @@ class Batch:
             self._learn(found["stage"], int(found["epoch"]), time.monotonic() if now is None else now)
         before = "\n" if self.stage not in ("", found["stage"]) else "\r\x1b[K"
         self.stage = found["stage"]
-        return before + f"  {self.left()}{line}"[: self.width - 1]
+        whole = f"  {self.left()}{line}"
+        return before + (whole if len(whole) < self.width else f"  {line}"[: self.width - 1])
 
     def end(self) -> str:
         """What to write when a notebook is done."""
@@ -50,21 +52,22 @@ class Batch:
         return before
 
     def left(self) -> str:
-        """The most that the students still take, once an epoch was seen, and what else is to come."""
+        """What all students that may be due still take, once an epoch was timed, and what else is to come."""
         counts = [count for count in self.due.values() if count is not None]
         if not self.seconds or not counts:
             return ""
-        minutes = max(0, sum(counts)) * statistics.median(self.seconds) / 60
+        minutes = math.ceil(max(0, sum(counts)) * statistics.fmean(self.seconds) / 60)
         others = " + ResNets" if "02_fine_tuned_resnets" in self.due else ""
         others += " + study" if None in self.due.values() else ""
-        return f"[all ≤ {minutes:.0f} min{others}] "
+        return f"[all: {minutes} min{others}] "
 
     def _learn(self, stage: str, epoch: int, now: float) -> None:
         if stage.startswith(ARCHITECTURES):
             return
         current = next(iter(self.due))
         due = self.due[current]
-        self.due[current] = None if due is None else due - 1
+        before = 0 if self.last[0] == stage else epoch - 1  # of a training that was cut
+        self.due[current] = None if due is None else due - 1 - before
         if self.last[:2] == (stage, epoch - 1):
             self.seconds = [*self.seconds[-20:], now - self.last[2]]
         self.last = stage, epoch, now

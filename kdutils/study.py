@@ -34,7 +34,7 @@ EARLIER_RECIPE: dict[str, Any] = {
 EARLIER_TEMPERATURE, EARLIER_ALPHA = 4.0, 0.8
 DRAWS = 15  # random draws of the earlier submission's augmentation that are kept of every image
 # the best of nine trials each on validation images (report/sweeps/cifar10-standin)
-OTHER_LOSSES = {
+OTHER_LOSSES: dict[str, dict[str, Any]] = {
     "dkd": {"temperature": 2.0, "alpha": 0.25},
     "dist": {"temperature": 4.0, "alpha": 0.75},
     "kd_standardized": {"temperature": 2.0, "alpha": 0.5},
