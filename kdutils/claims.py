@@ -176,10 +176,12 @@ CLAIMS = (
         too_few_seeds="there are too few seeds to tell distillation from {a} from as many more epochs {numbers}."),
         "earlier"),
 
-    Claim("dkd", "dkd/*", "kd/*", _compared("DKD", "the loss of Hinton et al., both with {a},"), "losses"),
-    Claim("dist", "dist/*", "kd/*", _compared("DIST", "the loss of Hinton et al., both with {a},"), "losses"),
+    Claim("dkd", "dkd/*", "kd/*",
+          _compared("distillation from {a} by DKD", "that by the loss of Hinton et al."), "losses"),
+    Claim("dist", "dist/*", "kd/*",
+          _compared("distillation from {a} by DIST", "that by the loss of Hinton et al."), "losses"),
     Claim("standardized", "kd_standardized/*", "kd/*",
-          _compared("standardising the logits", "leaving them as they are, both with {a},"), "losses"),
+          _compared("distillation from {a} with standardised logits", "that with the logits as they are"), "losses"),
 
     Claim("longer-scratch", "scratch@long", "scratch", _effect("training from scratch for {long} epochs"), "budget"),
     Claim("longer-kd", "kd/*@long", "scratch@long",
