@@ -97,8 +97,9 @@ pretrain: $(stamp)
 	$(run) pretrain $(call quote,$(IMAGENET)) --arch resnet18 --epochs $(EPOCHS)
 	$(run) pretrain $(call quote,$(IMAGENET)) --arch resnet50 --epochs $(EPOCHS)
 
+# Two processes of one thread each: tests are many small things, and threads that wait for each other cost more than they give.
 test: setup
-	.venv/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 soak: setup
 	.venv/bin/python -m pytest -q -s -m soak

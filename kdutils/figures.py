@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from kdutils import metrics
 
 WIDTH = 6.3    # inches: the report's text width
+HALF = 3.05    # of figures that stand side by side there
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -239,7 +240,7 @@ def accuracy_against_cost(frame):
     frame: a row per model with columns label, accuracy (a fraction), parameters, latency (seconds per image),
     and, to draw intervals, low and high (fractions; nan for none).
     """
-    figure = Figure(figsize=(WIDTH, 3.4))
+    figure = Figure(figsize=(WIDTH, 2.5))
     panels = figure.subplots(1, 2, sharey=True)
     accuracies = 100 * frame["accuracy"].to_numpy(dtype=float)
     for axes, column, unit, name in ((panels[0], "parameters", 1, "parameters"),
@@ -268,7 +269,7 @@ def accuracy_against_cost(frame):
 def _name_points(axes, xs, ys, names):
     """Names beside points, towards the middle of the axes, moved up or down so that no two overlap."""
     low, high = axes.get_ylim()
-    heights = _apart((ys - low) / (high - low), least=0.052)
+    heights = _apart((ys - low) / (high - low), least=0.13 / axes.figure.get_figheight())
     middle = math.sqrt(math.prod(axes.get_xlim()))
     for x, y, height, name in zip(xs, ys, heights, names):
         right = x <= middle
@@ -305,7 +306,7 @@ def reliability_diagram(tables):
 
     tables: {label: tables of its seeds, each as of `metrics.reliability`}.
     """
-    figure = Figure(figsize=(4.6, 4.4))
+    figure = Figure(figsize=(HALF, 3.1))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     upper.plot([0, 100], [0, 100], color="0.6", linewidth=0.9, linestyle=":")
     for number, (label, seeds) in enumerate(tables.items()):
@@ -329,7 +330,7 @@ def reliability_diagram(tables):
         axes.grid()
     handles, labels = upper.get_legend_handles_labels()
     handles.append(Line2D([], [], color="0.6", linewidth=0.9, linestyle=":"))
-    upper.legend(handles, [*labels, "as confident as right"], loc="upper left")
+    figure.legend(handles, [*labels, "as confident as right"], loc="outside lower center", ncols=2)
     return figure
 
 
@@ -374,7 +375,7 @@ def gain_against_teacher(frame):
     frame: a row per teacher with columns label, accuracy (a fraction), gain, low, high (points; nan for no
     interval) and, for the teacher's own interval, accuracy_low and accuracy_high (fractions).
     """
-    figure = Figure(figsize=(WIDTH, 3.4))
+    figure = Figure(figsize=(HALF, 2.7))
     axes = figure.add_subplot()
     axes.axhline(0, color="0.45", linewidth=0.9)
     for number, (_, row) in enumerate(frame.iterrows()):
@@ -425,7 +426,7 @@ def agreement_bars(frame):
     drawn in the order of the frame.
     """
     labels, parts = (list(dict.fromkeys(frame[name])) for name in ("label", "part"))
-    figure = Figure(figsize=(WIDTH, 2.7))
+    figure = Figure(figsize=(HALF, 2.7))
     axes = figure.add_subplot()
     width = 0.8 / len(labels)
     for number, label in enumerate(labels):
@@ -453,7 +454,7 @@ def accuracy_against_epochs(frame):
 
     frame: columns label (the arm), epochs, seed and accuracy (a fraction).
     """
-    figure = Figure(figsize=(WIDTH, 2.8))
+    figure = Figure(figsize=(HALF, 3.1))
     axes = figure.add_subplot()
     budgets = sorted(set(frame["epochs"]))
     labels = list(dict.fromkeys(frame["label"]))
@@ -470,7 +471,7 @@ def accuracy_against_epochs(frame):
     axes.set(xlabel="epochs", ylabel="accuracy (%)", xlim=(-0.4, len(budgets) - 0.6))
     axes.grid(axis="y")
     axes.margins(y=0.1)
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside lower center")
     return figure
 
 

@@ -157,9 +157,8 @@ def note(dataset: Dataset, *teachers: Teacher) -> str:
         parts.append("Generated images: a demonstration.")
     elif not dataset.is_cifar10:
         parts.append(f"Images: {dataset.name}.")
-    standins = {teacher.description: None for teacher in teachers if teacher.is_standin}
-    if standins:
-        parts.append(f"Stand-in weights: {'; '.join(standins)}.")
+    if any(teacher.is_standin for teacher in teachers):
+        parts.append("Stand-in weights.")
     return " ".join(parts)
 
 
