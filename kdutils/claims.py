@@ -159,6 +159,10 @@ CLAIMS = (
     Claim("memory-scratch", "kd_out_of_fold/*", "scratch",
           _effect("distillation from {a} with soft labels of held-out images"), "memory"),
 
+    Claim("self", "kd_self/*", "scratch", _effect("distillation from {a}, trained from scratch,"), "self"),
+    Claim("self-better", "kd/better", "kd_self/*",
+          _compared("distillation from the better teacher, {a},", "distillation from such a student"), "self"),
+
     Claim("earlier-recipe", "scratch", "scratch_earlier_recipe",
           _effect("the recipe of this report, in place of the earlier submission's,"), "earlier"),
     Claim("earlier-total", "kd_warm_start/*", "scratch_earlier_recipe",
@@ -241,7 +245,7 @@ PRIMARY = {  # the claims that are tests, whatever comes out, and how a table ca
     "two-better": "two teachers − the better one, {b}",
     "beyond-smoothing": "the better one, {a} − label smoothing",
 }
-STUDY = ("controls", "memory", "earlier", "losses", "budget")  # the groups of the report's section on controls
+STUDY = ("controls", "memory", "self", "earlier", "losses", "budget")  # the groups of the report's section on controls
 
 
 def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:

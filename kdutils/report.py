@@ -47,7 +47,7 @@ SELECTION = ("pretraining-", "sweep-", "map-")  # names of floats about how sett
 
 WORDS = {
     "adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "one_cycle": "one-cycle",
-    "resnet18": "ResNet-18", "resnet50": "ResNet-50",
+    "resnet18": "ResNet-18", "resnet50": "ResNet-50", "student": "another student",
     "last_layer": "the last layer", "last_block": "the last block and the last layer",
     "all": "the whole network",
 }  # fmt: skip
@@ -62,6 +62,7 @@ ARMS = {
     "kd_warm_start": "student distilled after the earlier recipe",
     "kd_shuffled": "student distilled, soft labels shuffled within classes",
     "kd_out_of_fold": "student distilled, soft labels of held-out images",
+    "kd_self": "student distilled from one of its own kind",
     "dkd": "student distilled, DKD", "dist": "student distilled, DIST",
     "kd_standardized": "student distilled, logits standardised",
     "kd_unlabelled": "student distilled, unlabelled images too",

@@ -136,6 +136,25 @@ def comparison(
     return pd.DataFrame(lines)
 
 
+def gains(
+    entries: Mapping[str, tuple[Sequence[float], Sequence[Run]]], baseline: Sequence[Run], dataset: Dataset
+) -> pd.DataFrame:
+    """What students gain over the baseline against what their teacher knows, for `figures.gain_against_teacher`.
+
+    entries: by label, the teacher's test accuracies (fractions), one a run of it, and the students it taught. Columns:
+    label, accuracy, accuracy_low, accuracy_high (fractions), gain, low, high (points), with 95 % intervals.
+    """
+    lines = []
+    for label, (accuracies, students) in entries.items():
+        own = metrics.mean_interval(accuracies)
+        gain = metrics.paired_difference(*(column(runs, dataset, "test", "accuracy") for runs in (students, baseline)))
+        lines.append({
+            "label": label, "accuracy": own.mean, "accuracy_low": own.low, "accuracy_high": own.high,
+            "gain": 100 * gain.mean, "low": 100 * gain.low, "high": 100 * gain.high,
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
 def difference_text(runs: Sequence[Run], baseline: Sequence[Run], dataset: Dataset) -> str:
     """Paired difference of test accuracies in points, with its 95 % confidence interval over seeds."""
     pairs = [[100 * value for value in column(r, dataset, "test", "accuracy")] for r in (runs, baseline)]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "notebooks" / "profiles"
 ARCHITECTURES = ("resnet50", "resnet18")
 # of arms beyond the four tasks' own
-STUDY_GROUPS = ("freeze", "controls", "memory", "losses", "earlier", "budget", "unlabelled")
+STUDY_GROUPS = ("freeze", "controls", "memory", "self", "losses", "earlier", "budget", "unlabelled")
 
 
 class UserError(Exception):

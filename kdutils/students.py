@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdutils.data import Dataset
@@ -25,7 +26,7 @@ from kdutils.losses import (
 from kdutils.models import SmallCNN, normalise, seeded
 from kdutils.runs import Artefact, artefact, lower_if_out_of_memory, resumable
 from kdutils.settings import Settings, UserError
-from kdutils.teachers import Teacher
+from kdutils.teachers import Teacher, TeacherRun
 from kdutils.training import History, Recipe, fit, memory_format, predict
 from kdutils.views import Pool, make_views, view_pixels
 
@@ -223,6 +224,42 @@ def fit_arguments(
         "recipe": student_recipe(settings), "num_views": num_views, "seed": seed,
         "validation": (normalise(dataset.val.images), dataset.val.labels), "precision": settings.precision,
     }  # fmt: skip
+
+
+def as_teacher(students: Sequence[StudentRun], dataset: Dataset, settings: Settings) -> Teacher:
+    """Trained students as the teacher of others (Furlanello et al. 2018, arXiv:1805.04770): their logits of every view.
+
+    The student of a seed learns from the next one's, whose initial weights and order were others, unless there is one.
+    """
+    viewed = make_views(dataset.train.images, **settings.views)
+    index = torch.arange(len(dataset.train.labels), device=dataset.train.images.device)
+
+    def label(student: StudentRun) -> tuple[dict[str, Tensor], dict]:
+        network = student.network().to(settings.device)
+        logits = [
+            predict(network, normalise(view_pixels(viewed, index, torch.full_like(index, view))), settings.precision)
+            for view in range(len(viewed.table))
+        ]
+        return {"logits": torch.stack(logits, dim=1).half()}, {}
+
+    runs = []
+    for student in (*students[1:], *students[:1]):
+        key = {
+            "what": "student's logits of every view", "student": student.fingerprint,
+            "data": dataset.part_checksums["train"], "views": settings.views, "precision": settings.precision,
+        }  # fmt: skip
+        name = f"{student.arm}-seed{student.seed}-views"
+        found = artefact(settings.run_folder / "students", name, key, functools.partial(label, student))
+        runs.append(TeacherRun(
+            "student", "all", student.seed, student.history, student.logits,
+            found.tensors["logits"].to(settings.device), student.seconds, found.fingerprint,
+        ))  # fmt: skip
+    parameters = sum(tensor.numel() for tensor in students[0].state.values())
+    return Teacher(
+        "student", "all", runs, description="students from scratch", is_standin=False, checksum=runs[0].fingerprint,
+        parameters_total=parameters, parameters_trained=parameters, views_trained=len(viewed.table),
+        feature_seconds=0.0,
+    )  # fmt: skip
 
 
 def student_network(state: dict[str, Tensor]) -> SmallCNN:

@@ -21,7 +21,7 @@ from kdutils.report import WORDS
 from kdutils.results import student_rows
 from kdutils.runs import artefact
 from kdutils.settings import STUDY_GROUPS, Settings, UserError, apply_threads, load_settings
-from kdutils.students import LOSSES, Arm, StudentRun, named_arm, train_students
+from kdutils.students import LOSSES, Arm, StudentRun, as_teacher, named_arm, train_students
 from kdutils.teachers import Teacher, fine_tune, out_of_fold, shuffled_within_classes, teach
 from kdutils.training import progress_lines
 from kdutils.views import Pool, pool_of_draws, pool_of_views
@@ -85,6 +85,10 @@ class Study:
     @property
     def scratch(self) -> Arm:
         return named_arm("scratch", self.settings)
+
+    @cached_property
+    def students_as_teacher(self) -> Teacher:
+        return as_teacher(train_students(self.scratch, self.dataset, self.settings), self.dataset, self.settings)
 
     @property
     def distil(self) -> Callable[..., Tensor]:
@@ -204,6 +208,11 @@ def _kd_out_of_fold(study: Study) -> Entry:
     return Entry("3", "Held-out soft labels", Arm("kd_out_of_fold", study.distil, (teacher,)), study.settings)
 
 
+def _kd_self(study: Study) -> Entry:
+    arm = Arm("kd_self", study.distil, (study.students_as_teacher,))
+    return Entry("3", "Distilled from another student", arm, study.settings)
+
+
 def _other_loss(study: Study, name: str, words: str) -> Entry:
     settings = dataclasses.replace(study.settings, **OTHER_LOSSES[name])
     return Entry("3", words, named_arm(name, settings, [study.teacher]), study.settings)
@@ -238,6 +247,7 @@ ENTRIES: dict[str, Callable[[Study], Entry]] = {
     "kd_long": _kd_long,
     "kd_shuffled": _kd_shuffled,
     "kd_out_of_fold": _kd_out_of_fold,
+    "kd_self": _kd_self,
     "dkd": partial(_other_loss, name="dkd", words="DKD"),
     "dist": partial(_other_loss, name="dist", words="DIST"),
     "kd_standardized": partial(_other_loss, name="kd_standardized", words="Standardised logits"),
@@ -250,6 +260,7 @@ GROUPS = {
     "freeze": (),  # ResNets alone: `Study.other_part`
     "controls": ("no_label_smoothing", "kd_shuffled"),
     "memory": ("kd_out_of_fold",),
+    "self": ("kd_self",),
     "losses": ("dkd", "dist", "kd_standardized"),
     "earlier": ("scratch_earlier_recipe", "earlier_recipe_longer", "kd_warm_start"),
     "budget": ("scratch_long", "kd_long"),
@@ -300,6 +311,8 @@ def run_study(
             study.other_part(teacher.arch)
     if "memory" in groups:
         out_of_fold(study.teacher, study.dataset, study.settings)
+    if "self" in groups:
+        _ = study.students_as_teacher
     if "earlier" in groups:
         teach(study.teacher, study.earlier, study.dataset, study.settings)
     if "unlabelled" in groups:

@@ -254,13 +254,13 @@ BAD = {
     "seeds that are none": (run("-p", "seeds", "abc"),
         "seeds: 'abc' will not do; it must be a list of one or more different whole numbers, such as [0, 1, 2]"),
     "a group of the study that is none": (run("-p", "study", '["contrls"]'),
-        "study: '[\"contrls\"]' will not do; it must be a list of different names among freeze, controls, memory, losses, "
+        "study: '[\"contrls\"]' will not do; it must be a list of different names among freeze, controls, memory, self, losses, "
         "earlier, budget, unlabelled, or [] for none"),
     "a list in a list of groups": (run("-p", "study", '[["controls"]]'),
-        "study: '[[\"controls\"]]' will not do; it must be a list of different names among freeze, controls, memory, losses, "
+        "study: '[[\"controls\"]]' will not do; it must be a list of different names among freeze, controls, memory, self, losses, "
         "earlier, budget, unlabelled, or [] for none"),
     "a study of no groups": (lambda w: w.command("study", "--profile", w.profile()),
-        "study: no group is named; give -p study '[\"controls\"]', of freeze, controls, memory, losses, earlier, budget, "
+        "study: no group is named; give -p study '[\"controls\"]', of freeze, controls, memory, self, losses, earlier, budget, "
         "unlabelled"),
     "half an epoch": (run("-p", "epochs", "2.5"), "epochs: '2.5' will not do; it must be a whole number, at least 1"),
     "an empty value": (run("-p", "epochs", ""), "epochs: '' will not do; it must be a whole number, at least 1"),

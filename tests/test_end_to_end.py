@@ -115,13 +115,13 @@ def test_a_report_of_other_settings_is_refused(settings, parameters, tmp_path):
 
 def test_the_study_shows_its_arms(settings, parameters, monkeypatch):
     monkeypatch.setattr(pipeline, "NOTEBOOKS", ())
-    studied = pipeline.run("demo", {**parameters, "study": ["controls", "memory", "losses"]})
+    studied = pipeline.run("demo", {**parameters, "study": ["controls", "memory", "self", "losses"]})
     results = pd.read_csv(studied.run_folder / "results.csv", keep_default_na=False, dtype={"task": str})
-    arms = {"no_label_smoothing": "1", "kd_shuffled": "3", "kd_out_of_fold": "3", "dkd": "3", "dist": "3", "kd_standardized": "3"}
+    arms = {"no_label_smoothing": "1", "kd_shuffled": "3", "kd_out_of_fold": "3", "kd_self": "3", "dkd": "3", "dist": "3", "kd_standardized": "3"}
     assert dict(results[["arm", "task"]].itertuples(index=False, name=None)) == arms
     notebook = nbformat.read(studied.run_folder / "notebooks" / "study.ipynb", as_version=4)
     about = [output.get("metadata", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert [one["kdutils"]["name"] for one in about if "kdutils" in one] == ["comparison-study"]
+    assert [one["kdutils"]["name"] for one in about if "kdutils" in one] == ["comparison-study", "gain-self"]
 
 
 def test_a_failing_notebook_stops_the_run_and_is_named(tmp_path, monkeypatch):

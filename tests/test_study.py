@@ -16,9 +16,9 @@ from torchvision import models as zoo
 from kdutils import study as study_module
 from kdutils.data import Split, left_over, load_data, training_part
 from kdutils.losses import cross_entropy, distillation_loss
-from kdutils.models import seeded
+from kdutils.models import normalise, seeded
 from kdutils.settings import ROOT, load_settings
-from kdutils.students import Arm, train_students
+from kdutils.students import Arm, as_teacher, train_students
 from kdutils.study import ENTRIES, OTHER_LOSSES, Study, earlier_augmentation, train_entry
 from kdutils.sweeps import read_rows, read_sweep, settings_of_trials
 from kdutils.teachers import out_of_fold, shuffled_within_classes, teach
@@ -185,6 +185,26 @@ def test_held_out_images_are_labelled_by_fine_tunings_on_the_others(study):
     assert loaded.runs[0].fingerprint == found.runs[0].fingerprint
     message = message_of(out_of_fold, teacher, dataset, dataclasses.replace(settings, weights="report/teachers"))
     assert "logits only" in message and "give the ResNet's weights" in message
+
+
+def test_a_student_learns_from_another_student(tiny, toy_data):
+    """What the teacher says of every view is what the network says of those pixels, and it is never the student itself."""
+    settings = tiny(seeds=[0, 1, 2])
+    students = train_students(Arm("scratch", cross_entropy), toy_data, settings)
+    teacher = as_teacher(students, toy_data, settings)
+    assert [teacher.run_for(seed).seed for seed in settings.seeds] == [1, 2, 0]
+    viewed, every = make_views(toy_data.train.images, **settings.views), torch.arange(40)
+    for student in students:
+        (run,) = [run for run in teacher.runs if run.seed == student.seed]
+        with torch.no_grad():
+            for view in (0, 5):
+                expected = student.network()(normalise(view_pixels(viewed, every, torch.full_like(every, view))))
+                torch.testing.assert_close(run.view_logits[:, view].float(), expected, rtol=2e-3, atol=2e-3)
+    again = as_teacher(students, toy_data, settings)
+    assert [run.fingerprint for run in again.runs] == [run.fingerprint for run in teacher.runs]
+    arm = Arm("kd_self", partial(distillation_loss, temperature=4.0, alpha=0.5), (teacher,))
+    taught = train_students(arm, toy_data, settings)
+    assert not same_runs(taught, students) and taught[0].teachers == ("student",)
 
 
 def test_the_teacher_is_chosen_on_validation_images(study):
