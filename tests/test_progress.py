@@ -1,13 +1,17 @@
 """Progress: in a notebook a bar that leaves one line of text; in batch a plain line an epoch, one live line in a terminal."""
 
+import os
 import re
+import sys
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from kdutils import pipeline
 from kdutils.pipeline import NOTEBOOKS
 from kdutils.progress import STUDENTS, Batch
+from kdutils.report import text_table
 from kdutils.settings import ROOT
 
 CELL = f"""
@@ -79,6 +83,37 @@ def test_a_stage_is_one_live_line_and_its_last_state_stays(batch):
     )
     assert batch.text("x: waiting for another process") == "\nx: waiting for another process\n"
     assert batch.text(student(3), 5).startswith("\r")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_gets_live_lines_and_a_pipe_plain_ones(tiny, tmp_path, monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setenv("KDUTILS_PROGRESS", "")
+    live = pipeline._live_batch(tiny())
+    assert (live is not None) == is_terminal and (live is None or live.width == 70)
+    with pipeline._progress_log(tmp_path / "progress.log", live):
+        with open(os.environ["KDUTILS_PROGRESS"], "a") as log:  # as the kernel of a notebook does
+            log.write(f"{student(1)}\n{student(2)}\n")
+    plain = f"  {student(1)}\n  {student(2)}\n"
+    clear = "\r\x1b[K"
+    assert capsys.readouterr().out == (f"{clear}  {student(1)}{clear}  {student(2)}\n" if is_terminal else plain)
+
+
+def test_the_closing_table_adds_up_the_seeds_of_a_stage(tmp_path):
+    (tmp_path / "timings.csv").write_text(
+        "stage,seconds\nresnet18: features of every view,61\n\"student, scratch, seed 0\",50\n\"student, scratch, seed 1\",75.5\n"
+    )
+    table = pipeline.times_table(tmp_path)
+    assert table.values.tolist() == [
+        ["resnet18: features of every view", 1, "1:01 min"], ["student, scratch", 2, "2:05 min"], ["total", 3, "3:06 min"],
+    ]
+    assert text_table(table).splitlines() == [
+        "Stage                             Times      Took",
+        "resnet18: features of every view      1  1:01 min",
+        "student, scratch                      2  2:05 min",
+        "total                                 3  3:06 min",
+    ]
 
 
 def test_no_line_is_wider_than_the_terminal(tiny):

@@ -8,7 +8,7 @@ import torch
 from kdutils import metrics
 from kdutils.losses import cross_entropy
 from kdutils.models import SmallCNN, architecture
-from kdutils.results import comparison, flip_column, model_costs, student_rows
+from kdutils.results import comparison, flip_column, gains, model_costs, student_rows
 from kdutils.students import Arm, StudentRun, describe_builder, train_students
 from kdutils.teachers import Teacher, TeacherRun
 
@@ -109,3 +109,14 @@ def test_a_comparison_gives_both_intervals(toy_data):
     low, high = (float(part) for part in table["Over images"][1].strip("[]").replace("−", "-").split(","))
     assert 0 <= low < 16.67 < high
     assert table["Over images"][0] == "–"
+
+
+def test_a_gain_is_paired_by_seed_and_stands_beside_what_the_teacher_knows(toy_data):
+    labels = toy_data.test.labels
+    scratch = [a_student(seed, logits_for(labels, wrong)) for seed, wrong in enumerate(([0, 1], [0], [0, 1, 2]))]
+    kd = [a_student(seed, logits_for(labels, wrong)) for seed, wrong in enumerate(([0], [], [0, 1]))]
+    row = gains({"ResNet-18": ([0.8, 0.9], kd)}, scratch, toy_data).iloc[0]
+    assert row["label"] == "ResNet-18" and row["accuracy"] == pytest.approx(0.85)
+    assert row["accuracy_low"] < 0.8 and row["accuracy_high"] > 0.9
+    # ten points with every seed, though these differ among themselves
+    assert [row["gain"], row["low"], row["high"]] == pytest.approx([10, 10, 10])
