@@ -28,7 +28,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.linewidth": 0.7, "lines.linewidth": 1.3, "lines.markersize": 4, "grid.color": "0.88",
     "grid.linewidth": 0.6, "axes.axisbelow": True, "figure.dpi": 200, "figure.constrained_layout.use": True,
-}
+}  # fmt: skip
 # Read when a figure is saved, hence not part of STYLE: fonts as TrueType, so that text in the PDF stays text.
 matplotlib.rcParams["pdf.fonttype"] = 42
 
