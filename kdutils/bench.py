@@ -68,6 +68,7 @@ class Plan(NamedTuple):
 FULL = Plan(5, 4.0, 20, 50, None, 1000, (1000, 3000, 9000, 27000), ((0, 1), (3, 3), (4, 1)), (1, 5, 20), 12, 3, 2)
 QUICK = Plan(2, 0.1, 2, 5, 600, 100, (150, 300, 600), ((0, 1), (3, 3)), (1, 2), 1, 1, 1)
 
+
 def _quietly(function: Callable, *given: Any, **named: Any) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
         return function(*given, **named)

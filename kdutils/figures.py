@@ -4,6 +4,7 @@ None is registered with pyplot, so nothing is shown unless it is displayed, and 
 of Okabe and Ito, told apart by colour-blind readers; markers and line styles tell the same in grey.
 Save with the figure's own dpi (matplotlib's default): images in a PDF are sampled at it.
 """
+
 import functools
 import math
 from typing import Any
@@ -18,8 +19,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from kdutils import metrics
 
-WIDTH = 6.3    # inches: the report's text width
-HALF = 3.05    # of figures that stand side by side there
+WIDTH = 6.3  # inches: the report's text width
+HALF = 3.05  # of figures that stand side by side there
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -35,6 +36,7 @@ matplotlib.rcParams["pdf.fonttype"] = 42
 
 def _styled(function):
     """Draw under STYLE, whatever the reader's own settings are, and leave those as they were."""
+
     @functools.wraps(function)
     def draw(*args, **kwargs):
         with matplotlib.rc_context(STYLE):
@@ -42,10 +44,12 @@ def _styled(function):
             # Ticks are made when a figure is first drawn, with the settings of that moment.
             figure.draw_without_rendering()
         return figure
+
     return draw
 
 
 # --- images ---
+
 
 @_styled
 def image_grid(split, classes, per_class=8, seed=0):
@@ -77,9 +81,15 @@ def views_grid(images, columns=9):
     axes.set_yticks([])
     if columns <= 12:
         for number in range(len(images)):
-            axes.text(pitch[1] * (number % columns) + 1, pitch[0] * (number // columns) + 1, str(number),
-                      fontsize=6, va="top", color="black",
-                      bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})
+            axes.text(
+                pitch[1] * (number % columns) + 1,
+                pitch[0] * (number // columns) + 1,
+                str(number),
+                fontsize=6,
+                va="top",
+                color="black",
+                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
+            )
     return figure
 
 
@@ -92,7 +102,7 @@ def _mosaic(rows, columns):
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             top, left = i * (height + gap), j * (width + gap)
-            mosaic[top:top + height, left:left + width] = image.permute(1, 2, 0)
+            mosaic[top : top + height, left : left + width] = image.permute(1, 2, 0)
     return mosaic[:-gap, :-gap].numpy(), (height + gap, width + gap)
 
 
@@ -116,8 +126,7 @@ def soft_labels(images, logits, labels, classes, temperatures):
     """
     count, height = len(images), 0.3 + 0.1 * len(classes)
     figure = Figure(figsize=(WIDTH, count * height + 0.35))
-    grid = figure.subplots(count, 1 + len(temperatures), squeeze=False,
-                           width_ratios=[1.0] + [1.15] * len(temperatures))
+    grid = figure.subplots(count, 1 + len(temperatures), squeeze=False, width_ratios=[1.0] + [1.15] * len(temperatures))
     places = np.arange(len(classes))
     for row, (image, scores, label) in enumerate(zip(images.cpu(), logits.cpu().double(), labels.tolist())):
         picture, *panels = grid[row]
@@ -126,8 +135,9 @@ def soft_labels(images, logits, labels, classes, temperatures):
         picture.axis("off")
         for axes, temperature in zip(panels, temperatures):
             percent = 100 * (scores / temperature).softmax(dim=0).numpy()
-            axes.barh(places, percent, height=0.75,
-                      color=[COLOURS[0] if place == label else "0.72" for place in places])
+            axes.barh(
+                places, percent, height=0.75, color=[COLOURS[0] if place == label else "0.72" for place in places]
+            )
             axes.set(xlim=(0, 100), ylim=(len(classes) - 0.4, -0.6))
             axes.set_xticks([0, 50, 100])
             axes.grid(axis="x")
@@ -142,6 +152,7 @@ def soft_labels(images, logits, labels, classes, temperatures):
 
 
 # --- training ---
+
 
 @_styled
 def learning_curves(histories):
@@ -159,25 +170,42 @@ def learning_curves(histories):
                 values = unit * np.array([history[f"{part}_{quantity}"] for history in seeds])
                 epochs = np.arange(1, values.shape[1] + 1)
                 every = max(1, len(epochs) // 6)
-                axes.plot(epochs, values.mean(axis=0), line, color=colour, marker=marker, markersize=3.5,
-                          markevery=(number * every // max(1, len(histories)), every),
-                          markerfacecolor=colour if part == "val" else "white")
+                axes.plot(
+                    epochs,
+                    values.mean(axis=0),
+                    line,
+                    color=colour,
+                    marker=marker,
+                    markersize=3.5,
+                    markevery=(number * every // max(1, len(histories)), every),
+                    markerfacecolor=colour if part == "val" else "white",
+                )
                 if len(seeds) > 1:
-                    axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour,
-                                      alpha=0.18, linewidth=0)
+                    axes.fill_between(
+                        epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0
+                    )
     for axes, name in zip(panels, ("loss (nats)", "accuracy (%)")):
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
-    entries = [Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], label=label)
-               for i, label in enumerate(histories)] if len(histories) > 1 else []
-    entries += [Line2D([], [], color="0.3", linestyle="--", label="training"),
-                Line2D([], [], color="0.3", linestyle="-", label="validation")]
+    entries = (
+        [
+            Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], label=label)
+            for i, label in enumerate(histories)
+        ]
+        if len(histories) > 1
+        else []
+    )
+    entries += [
+        Line2D([], [], color="0.3", linestyle="--", label="training"),
+        Line2D([], [], color="0.3", linestyle="-", label="validation"),
+    ]
     figure.legend(handles=entries, loc="outside lower center", ncols=min(4, len(entries)))
     return figure
 
 
 # --- results ---
+
 
 @_styled
 def confusion(matrix, classes):
@@ -192,9 +220,21 @@ def confusion(matrix, classes):
     axes = figure.add_subplot()
     import seaborn as sns  # slow to import, and only this picture needs it
 
-    sns.heatmap(percent, ax=axes, vmin=0, vmax=100, cmap="Blues", annot=True, fmt=".0f", square=True,
-                annot_kws={"fontsize": 7}, linewidths=0.4, xticklabels=classes, yticklabels=classes,
-                cbar_kws={"label": "share of the true class (%)", "shrink": 0.85})
+    sns.heatmap(
+        percent,
+        ax=axes,
+        vmin=0,
+        vmax=100,
+        cmap="Blues",
+        annot=True,
+        fmt=".0f",
+        square=True,
+        annot_kws={"fontsize": 7},
+        linewidths=0.4,
+        xticklabels=classes,
+        yticklabels=classes,
+        cbar_kws={"label": "share of the true class (%)", "shrink": 0.85},
+    )
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.tick_params(length=0)
     axes.set_xticklabels(axes.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
@@ -215,14 +255,27 @@ def arm_comparison(frame):
     for row, arm in enumerate(arms):
         values = 100 * frame.loc[frame["arm"] == arm, "accuracy"].to_numpy(dtype=float)
         mean, low, high, n = metrics.mean_interval(values)
-        axes.plot(values, np.full(n, row - 0.2), "o", markersize=4, markerfacecolor="none",
-                  markeredgecolor=COLOURS[0], label="one seed")
+        axes.plot(
+            values,
+            np.full(n, row - 0.2),
+            "o",
+            markersize=4,
+            markerfacecolor="none",
+            markeredgecolor=COLOURS[0],
+            label="one seed",
+        )
         if n > 1:
-            axes.plot([low, high], [row + 0.12] * 2, "-", color=COLOURS[1], linewidth=1.6,
-                      label="95 % interval")
+            axes.plot([low, high], [row + 0.12] * 2, "-", color=COLOURS[1], linewidth=1.6, label="95 % interval")
         axes.plot(mean, row + 0.12, "D", markersize=5, color=COLOURS[1], label="mean")
-        axes.annotate(f"{mean:.1f}", (mean, row + 0.12), xytext=(0, -4), textcoords="offset points",
-                      ha="center", va="top", fontsize=7)
+        axes.annotate(
+            f"{mean:.1f}",
+            (mean, row + 0.12),
+            xytext=(0, -4),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=7,
+        )
     labels = frame.drop_duplicates("arm").set_index("arm")["label"]
     axes.set_yticks(range(len(arms)), [labels[arm] for arm in arms])
     axes.set(ylim=(len(arms) - 0.3, -0.6), xlabel="accuracy (%)")
@@ -243,19 +296,25 @@ def accuracy_against_cost(frame):
     figure = Figure(figsize=(WIDTH, 2.5))
     panels = figure.subplots(1, 2, sharey=True)
     accuracies = 100 * frame["accuracy"].to_numpy(dtype=float)
-    for axes, column, unit, name in ((panels[0], "parameters", 1, "parameters"),
-                                     (panels[1], "latency", 1000, "latency per image (ms)")):
+    for axes, column, unit, name in (
+        (panels[0], "parameters", 1, "parameters"),
+        (panels[1], "latency", 1000, "latency per image (ms)"),
+    ):
         costs = unit * frame[column].to_numpy(dtype=float)
         for number, (cost, accuracy) in enumerate(zip(costs, accuracies)):
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(cost, accuracy, MARKERS[number % len(MARKERS)], color=colour, markersize=5)
             if "low" in frame and np.isfinite(frame["low"].iloc[number]):
-                axes.plot([cost] * 2, [100 * frame["low"].iloc[number], 100 * frame["high"].iloc[number]],
-                          color=colour, linewidth=1)
+                axes.plot(
+                    [cost] * 2,
+                    [100 * frame["low"].iloc[number], 100 * frame["high"].iloc[number]],
+                    color=colour,
+                    linewidth=1,
+                )
         axes.set_xscale("log")
         middle = math.sqrt(costs.min() * costs.max())
         span = max(costs.max() / costs.min(), 10)
-        axes.set_xlim(middle / span ** 0.65, middle * span ** 0.65)
+        axes.set_xlim(middle / span**0.65, middle * span**0.65)
         axes.margins(y=0.12)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(name)
@@ -273,10 +332,16 @@ def _name_points(axes, xs, ys, names):
     middle = math.sqrt(math.prod(axes.get_xlim()))
     for x, y, height, name in zip(xs, ys, heights, names):
         right = x <= middle
-        axes.annotate(name, (x, y), xytext=(12 if right else -12, height), fontsize=7, va="center",
-                      textcoords=("offset points", "axes fraction"), ha="left" if right else "right",
-                      arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "0.5",
-                                  "shrinkA": 0, "shrinkB": 2})
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(12 if right else -12, height),
+            fontsize=7,
+            va="center",
+            textcoords=("offset points", "axes fraction"),
+            ha="left" if right else "right",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "0.5", "shrinkA": 0, "shrinkB": 2},
+        )
 
 
 def _apart(heights, least):
@@ -299,6 +364,7 @@ def _apart(heights, least):
 
 # --- where a gain comes from ---
 
+
 @_styled
 def reliability_diagram(tables):
     """Accuracy against confidence (%), a line a model with a 95 % band over seeds, above the share of the images
@@ -312,15 +378,22 @@ def reliability_diagram(tables):
     for number, (label, seeds) in enumerate(tables.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         line = ("-", "--", "-.", ":")[number % 4]
-        images, confidence, accuracy = (np.array([table[name] for table in seeds], dtype=float)
-                                        for name in ("images", "confidence", "accuracy"))
+        images, confidence, accuracy = (
+            np.array([table[name] for table in seeds], dtype=float) for name in ("images", "confidence", "accuracy")
+        )
         drawn = (images > 0).all(axis=0)
         xs = 100 * confidence[:, drawn].mean(axis=0)
         intervals = [metrics.mean_interval(100 * values) for values in accuracy[:, drawn].T]
         upper.plot(xs, [found.mean for found in intervals], line, marker=marker, color=colour, label=label)
         if len(seeds) > 1:
-            upper.fill_between(xs, [found.low for found in intervals], [found.high for found in intervals],
-                               color=colour, alpha=0.18, linewidth=0)
+            upper.fill_between(
+                xs,
+                [found.low for found in intervals],
+                [found.high for found in intervals],
+                color=colour,
+                alpha=0.18,
+                linewidth=0,
+            )
         middles = 50 * (seeds[0]["low"] + seeds[0]["high"]).to_numpy()
         shares = 100 * (images / images.sum(axis=1, keepdims=True)).mean(axis=0)
         lower.plot(middles, shares, line, marker=marker, markersize=3, color=colour)
@@ -353,8 +426,15 @@ def setting_map(frame, rows="temperature", columns="alpha", value="val_accuracy"
         if np.isfinite(mean):
             deviation = deviations.iloc[row, column]
             text = f"{mean:.1f}" + (f"\n±{deviation:.1f}" if np.isfinite(deviation) else "")
-            axes.text(column, row, text, ha="center", va="center", fontsize=7,
-                      color="white" if mean > middle + 1e-9 else "black")
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if mean > middle + 1e-9 else "black",
+            )
     best = np.unravel_index(np.nanargmax(means), means.shape)
     axes.add_patch(Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2))
     symbols = {"alpha": "$\\alpha$: weight of the soft term", "temperature": "temperature $T$"}
@@ -434,12 +514,28 @@ def agreement_bars(frame):
         places = np.arange(len(parts)) + width * (number + 0.5) - 0.4
         found = [metrics.mean_interval(100 * chosen.loc[chosen["part"] == part, "agreement"]) for part in parts]
         means = [each.mean for each in found]
-        axes.bar(places, means, 0.92 * width, color=COLOURS[number % len(COLOURS)], alpha=0.75, edgecolor="black",
-                 linewidth=0.5, hatch=HATCHES[number % len(HATCHES)], label=label)
+        axes.bar(
+            places,
+            means,
+            0.92 * width,
+            color=COLOURS[number % len(COLOURS)],
+            alpha=0.75,
+            edgecolor="black",
+            linewidth=0.5,
+            hatch=HATCHES[number % len(HATCHES)],
+            label=label,
+        )
         axes.vlines(places, [each.low for each in found], [each.high for each in found], color="black", linewidth=1.2)
         for place, each in zip(places, found):
-            axes.annotate(f"{each.mean:.0f}", (place, each.high if each.n > 1 else each.mean), xytext=(0, 2),
-                          textcoords="offset points", ha="center", va="bottom", fontsize=7)
+            axes.annotate(
+                f"{each.mean:.0f}",
+                (place, each.high if each.n > 1 else each.mean),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=7,
+            )
     axes.set_xticks(range(len(parts)), parts)
     axes.set(ylabel="same prediction (%)", ylim=(0, 108), yticks=range(0, 101, 20))
     axes.grid(axis="y")
@@ -465,8 +561,15 @@ def accuracy_against_epochs(frame):
         found = [metrics.mean_interval(100 * chosen.loc[chosen["epochs"] == epochs, "accuracy"]) for epochs in tried]
         places = [budgets.index(epochs) + shift for epochs in tried]
         axes.vlines(places, [each.low for each in found], [each.high for each in found], color=colour, linewidth=1.4)
-        axes.plot(places, [each.mean for each in found], marker=MARKERS[number % len(MARKERS)], markersize=5,
-                  linestyle=("-", "--", "-.", ":")[number % 4], color=colour, label=label)
+        axes.plot(
+            places,
+            [each.mean for each in found],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=5,
+            linestyle=("-", "--", "-.", ":")[number % 4],
+            color=colour,
+            label=label,
+        )
     axes.set_xticks(range(len(budgets)), [f"{epochs:,}" for epochs in budgets])
     axes.set(xlabel="epochs", ylabel="accuracy (%)", xlim=(-0.4, len(budgets) - 0.6))
     axes.grid(axis="y")

@@ -3,6 +3,7 @@
 `logits` are float tensors [N, C] of any precision and on any device, `labels` int64 tensors [N] with values
 in [0, C); N >= 1. Everything is computed in float64 on the CPU. Shapes that do not fit raise ValueError.
 """
+
 import contextlib
 import math
 import statistics
@@ -31,6 +32,7 @@ def _checked(logits, labels=None):
 
 
 # --- of one set of logits ---
+
 
 def accuracy(logits, labels):
     """Share of images whose greatest logit is that of their class, in [0, 1]."""
@@ -61,11 +63,15 @@ def reliability(logits, labels, bins=15):
     confidence, right, bin_of = _by_confidence(logits, labels, bins)
     images = torch.bincount(bin_of, minlength=bins)
     sums = [torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, of) for of in (confidence, right)]
-    return pd.DataFrame({
-        "low": [i / bins for i in range(bins)], "high": [(i + 1) / bins for i in range(bins)],
-        "confidence": (sums[0] / images).tolist(), "accuracy": (sums[1] / images).tolist(),
-        "images": images.tolist(),
-    })
+    return pd.DataFrame(
+        {
+            "low": [i / bins for i in range(bins)],
+            "high": [(i + 1) / bins for i in range(bins)],
+            "confidence": (sums[0] / images).tolist(),
+            "accuracy": (sums[1] / images).tolist(),
+            "images": images.tolist(),
+        }
+    )
 
 
 def _by_confidence(logits, labels, bins):
@@ -152,13 +158,15 @@ def per_class_scores(logits, labels, classes):
     if len(classes) != len(matrix):
         raise ValueError(f"{len(classes)} class names for {len(matrix)} classes")
     hits, predicted, support = matrix.diag(), matrix.sum(dim=0), matrix.sum(dim=1)
-    return pd.DataFrame({
-        "class": list(classes),
-        "precision": (hits / predicted.clamp(min=1)).tolist(),
-        "recall": (hits / support.clamp(min=1)).tolist(),
-        "f1": (2 * hits / (predicted + support).clamp(min=1)).tolist(),
-        "support": support.tolist(),
-    })
+    return pd.DataFrame(
+        {
+            "class": list(classes),
+            "precision": (hits / predicted.clamp(min=1)).tolist(),
+            "recall": (hits / support.clamp(min=1)).tolist(),
+            "f1": (2 * hits / (predicted + support).clamp(min=1)).tolist(),
+            "support": support.tolist(),
+        }
+    )
 
 
 def macro_scores(logits, labels):
@@ -169,8 +177,10 @@ def macro_scores(logits, labels):
 
 # --- of several seeds ---
 
+
 class Difference(NamedTuple):
     """A mean over seeds and its confidence interval; `low` and `high` are nan when `n` < 2."""
+
     mean: float
     low: float
     high: float
@@ -327,6 +337,7 @@ def _t_central(angle, df):
 
 # --- of a model ---
 
+
 def parameter_count(model, trainable_only=False):
     """Number of parameters; with `trainable_only`, of those that require a gradient. Buffers do not count."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
@@ -345,8 +356,9 @@ def multiply_adds(model, input_shape):
         # Weights [out, ...]: each output value takes as many multiply-adds as it has weights.
         count += output.numel() * module.weight[0].numel()
 
-    hooks = [module.register_forward_hook(add) for module in model.modules()
-             if isinstance(module, (nn.Conv2d, nn.Linear))]
+    hooks = [
+        module.register_forward_hook(add) for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
+    ]
     try:
         with _inference(model):
             like = next(model.parameters())

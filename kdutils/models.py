@@ -29,9 +29,7 @@ STD = (0.229, 0.224, 0.225)
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] to float32 with ImageNet's mean and standard deviation; keeps the memory layout."""
     # not made on the device: a GPU would wait for it in every step
-    mean, std = (
-        (torch.tensor(x) * 255).to(pixels.device, non_blocking=True).view(1, 3, 1, 1) for x in (MEAN, STD)
-    )
+    mean, std = ((torch.tensor(x) * 255).to(pixels.device, non_blocking=True).view(1, 3, 1, 1) for x in (MEAN, STD))
     return (pixels.float() - mean) / std
 
 

@@ -90,9 +90,7 @@ def _network(how: Pretraining, num_classes: int, init: Mapping[str, Tensor] | No
 
 
 def _whole(images: Tensor) -> Tensor:
-    reduce = partial(
-        F.interpolate, size=(CROP_SIZE, CROP_SIZE), mode="bilinear", antialias=True, align_corners=False
-    )
+    reduce = partial(F.interpolate, size=(CROP_SIZE, CROP_SIZE), mode="bilinear", antialias=True, align_corners=False)
     return torch.cat([normalise(reduce(part.float())) for part in images.split(1000)])
 
 

@@ -301,10 +301,7 @@ def write_macros(values: Mapping[str, str], out: Path) -> None:
     for key in values:
         if not re.fullmatch(r"[A-Za-z0-9_./+-]+", key):
             raise UserError(f"macro: {key!r} cannot be a key; use letters, digits and _ . / + -")
-    lines = [
-        rf"\expandafter\def\csname kd@val@{key}\endcsname{{{tex(values[key])}}}"
-        for key in sorted(values)
-    ]
+    lines = [rf"\expandafter\def\csname kd@val@{key}\endcsname{{{tex(values[key])}}}" for key in sorted(values)]
     write_text(out / "macros.tex", "\n".join(lines) + "\n")
 
 

@@ -387,9 +387,7 @@ def _record(settings, notebook, rows, facts, timings, made_of) -> Path:
     results = _as_csv(RESULT_COLUMNS, [[row[c] for c in RESULT_COLUMNS] for row in all_rows])
     write_text(folder / "results.csv", results)
     all_timings = {stage: seconds for entry in found for stage, seconds in entry["timings"]}
-    write_text(
-        folder / "timings.csv", _as_csv(("stage", "seconds"), [(s, f"{t:.3f}") for s, t in all_timings.items()])
-    )
+    write_text(folder / "timings.csv", _as_csv(("stage", "seconds"), [(s, f"{t:.3f}") for s, t in all_timings.items()]))
     merged: dict[str, Any] = provenance(settings)
     for entry in found:
         merged |= entry["facts"]

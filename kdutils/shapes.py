@@ -10,26 +10,27 @@ are: with these, a CNN of two convolutions trained on 2,000 images gets about 70
 
 Lengths below are fractions of the image's width and colours lie in [0, 1], unless said otherwise.
 """
+
 import contextlib
 import math
 
 import torch
 
-SIZE_RANGE = (0.27, 0.38)     # scale of the figure: its radius, roughly
-ASPECT = 0.1                 # the figure is stretched by a factor within exp(+-ASPECT)
-PLACE = 0.08                  # its centre is at most this far from the image's, along each axis
-ROTATION = 0.6                # it is turned by at most this angle (radians), either way
-MIN_CONTRAST = 0.4            # least RGB distance between the figure and any shade of the background
-SHADING = 0.25                # greatest change of a background colour channel from the centre to a corner
+SIZE_RANGE = (0.27, 0.38)  # scale of the figure: its radius, roughly
+ASPECT = 0.1  # the figure is stretched by a factor within exp(+-ASPECT)
+PLACE = 0.08  # its centre is at most this far from the image's, along each axis
+ROTATION = 0.6  # it is turned by at most this angle (radians), either way
+MIN_CONTRAST = 0.4  # least RGB distance between the figure and any shade of the background
+SHADING = 0.25  # greatest change of a background colour channel from the centre to a corner
 STROKES_BEHIND, STROKES_IN_FRONT = 2, 2
 BLOBS_BEHIND, BLOBS_IN_FRONT = 2, 1
-CLUTTER = 0.5                 # each of those strokes and blobs is there with this probability
+CLUTTER = 0.5  # each of those strokes and blobs is there with this probability
 STROKE_WIDTH = (0.01, 0.045)  # half the width
-STROKE_LENGTH = (0.1, 0.45)   # half the length
+STROKE_LENGTH = (0.1, 0.45)  # half the length
 BLOB_RADIUS = (0.03, 0.1)
-NOISE = (0.0, 0.1)            # standard deviation of the pixel noise; drawn once per image
-SUPERSAMPLING = 3             # samples per pixel along each axis
-BLOCK = 256                   # images drawn at once, about; part of what a seed means
+NOISE = (0.0, 0.1)  # standard deviation of the pixel noise; drawn once per image
+SUPERSAMPLING = 3  # samples per pixel along each axis
+BLOCK = 256  # images drawn at once, about; part of what a seed means
 
 
 def _disc(x, y, radius=0.85):
@@ -100,7 +101,6 @@ _FIGURES = {
     "cross": lambda x, y: _union(_box(x, y, 0.95, 0.32), _box(x, y, 0.32, 0.95)),
     "heart": _heart,
     "semicircle": lambda x, y: _intersection(_disc(x, y + 0.4, 1.05), -(y + 0.4)),
-
     "ellipse": lambda x, y: _disc(x, 2 * y, 1.1),
     "pentagon": lambda x, y: _regular(x, y, 5, 0.98),
     "hexagon": lambda x, y: _regular(x, y, 6, 0.95),
@@ -111,19 +111,18 @@ _FIGURES = {
     "six-pointed star": lambda x, y: _star(x, y, 6, 1.1, 0.6),
     "gear": lambda x, y: _intersection(_wave(x, y, 8, 0.85, 0.13), -_disc(x, y, 0.3)),
     "flower": lambda x, y: _wave(x, y, 3, 0.7, 0.35),
-    "drop": lambda x, y: _union(_disc(x, y + 0.35, 0.65),
-                                _convex(x, y, [(-0.6, -0.1), (0.6, -0.1), (0, 1.1)])),
+    "drop": lambda x, y: _union(_disc(x, y + 0.35, 0.65), _convex(x, y, [(-0.6, -0.1), (0.6, -0.1), (0, 1.1)])),
     "lens": lambda x, y: _intersection(_disc(x, y - 0.65, 1.2), _disc(x, y + 0.65, 1.2)),
     "pie": lambda x, y: _intersection(_disc(x, y, 0.95), torch.minimum(x - y, x + y)),
     "frame": lambda x, y: _intersection(_box(x, y, 0.85, 0.85), -_box(x, y, 0.45, 0.45)),
     "dumbbell": lambda x, y: _union(_disc(x.abs() - 0.7, y, 0.45), _box(x, y, 0.7, 0.15)),
-    "arrow": lambda x, y: _union(_box(x + 0.35, y, 0.65, 0.24),
-                                 _convex(x, y, [(0.15, -0.75), (1.1, 0), (0.15, 0.75)])),
+    "arrow": lambda x, y: _union(_box(x + 0.35, y, 0.65, 0.24), _convex(x, y, [(0.15, -0.75), (1.1, 0), (0.15, 0.75)])),
     "chevron": lambda x, y: _intersection((x + y.abs() - 0.2).abs() - 0.4, y.abs() - 0.85),
     "letter L": lambda x, y: _union(_box(x + 0.45, y, 0.28, 0.95), _box(x, y + 0.67, 0.73, 0.28)),
     "letter T": lambda x, y: _union(_box(x, y - 0.67, 0.85, 0.28), _box(x, y, 0.28, 0.95)),
-    "letter S": lambda x, y: _union(_box(x + 0.3, y - 0.35, 0.25, 0.6), _box(x - 0.3, y + 0.35, 0.25, 0.6),
-                                    _box(x, y, 0.5, 0.25)),
+    "letter S": lambda x, y: _union(
+        _box(x + 0.3, y - 0.35, 0.25, 0.6), _box(x - 0.3, y + 0.35, 0.25, 0.6), _box(x, y, 0.5, 0.25)
+    ),
 }
 
 SHAPES10 = tuple(_FIGURES)[:10]
@@ -158,8 +157,8 @@ def draw(class_names, count, seed, size=32):
             stop = min(start + block, count)
             # A block is always drawn whole, so that its random numbers do not depend on `count`.
             block_images, block_labels = _draw_block(class_names, rounds, _block_seed(seed, number), size)
-            images[start:stop] = block_images[:stop - start]
-            labels[start:stop] = block_labels[:stop - start]
+            images[start:stop] = block_images[: stop - start]
+            labels[start:stop] = block_labels[: stop - start]
     return images, labels
 
 
@@ -176,9 +175,9 @@ def _one_thread():
 
 def _block_seed(seed, number):
     """Mix both numbers into 32 bits (torch's CPU generator ignores the rest), as splitmix64 does."""
-    value = (seed * 0x9E3779B97F4A7C15 + (number + 1) * 0xD1B54A32D192ED03) % 2 ** 64
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2 ** 64
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2 ** 64
+    value = (seed * 0x9E3779B97F4A7C15 + (number + 1) * 0xD1B54A32D192ED03) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
     return value >> 32
 
 
@@ -204,7 +203,7 @@ def _draw_block(class_names, rounds, seed, size):
     noise = uniform(*NOISE, 1, 1, 1) * torch.randn(count, 3, size, size, generator=generator)
 
     x, y = _pixel_centres(size)
-    along = _turned(x - 0.5, y - 0.5, shade_angle)[0] * math.sqrt(2)    # within [-1, 1]
+    along = _turned(x - 0.5, y - 0.5, shade_angle)[0] * math.sqrt(2)  # within [-1, 1]
     images = background[:, :, None, None] + shade[:, :, None, None] * along[:, None]
     for cover, tint in behind:
         _paint(images, cover(x, y, size), tint)
@@ -248,7 +247,7 @@ def _figure_cover(class_names, labels, centre, scale, angle, stretch, size):
     for label, name in enumerate(class_names):
         chosen = (labels == label).nonzero().flatten()
         u, v = _turned(x[chosen], y[chosen], angle[chosen])
-        inside = _FIGURES[name](u.mul_(stretch[chosen]), v.div_(-stretch[chosen])) <= 0    # y upwards
+        inside = _FIGURES[name](u.mul_(stretch[chosen]), v.div_(-stretch[chosen])) <= 0  # y upwards
         cover[chosen] = torch.nn.functional.avg_pool2d(inside.float(), SUPERSAMPLING)
     return cover
 
@@ -267,6 +266,7 @@ def _stroke(uniform):
         along, across = _turned(x - middle[:, :1], y - middle[:, 1:], direction)
         distance = torch.hypot((along.abs() - half_length).clamp(min=0), across)
         return ((half_width - distance) * size + 0.5).clamp(0, 1) * present
+
     return cover, tint
 
 
@@ -277,6 +277,7 @@ def _blob(uniform):
     def cover(x, y, size):
         distance = ((x - centre[:, :1]).square() + (y - centre[:, 1:]).square()).sqrt()
         return ((radius - distance) * size + 0.5).clamp(0, 1) * present
+
     return cover, tint
 
 

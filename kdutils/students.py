@@ -120,9 +120,7 @@ def student_recipe(settings: Settings) -> Recipe:
     )
 
 
-def train_students(
-    arm: Arm, dataset: Dataset, settings: Settings, pool: Pool | None = None
-) -> list[StudentRun]:
+def train_students(arm: Arm, dataset: Dataset, settings: Settings, pool: Pool | None = None) -> list[StudentRun]:
     """Train the student once per seed of the settings, or load what was trained under the same conditions.
 
     One seed fixes the initial weights, the order of the images and their views, in every arm alike. With a `pool` it is
@@ -140,9 +138,7 @@ def _called(arm: Arm, seed: int) -> str:
     return f"{' '.join((arm.name, *arm.teacher_names))}, seed {seed}"
 
 
-def fit_student(
-    arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None
-) -> Artefact:
+def fit_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None) -> Artefact:
     """One seed's student, or the one that was trained under the same conditions: its state, and its `history`.
 
     Test images are not looked at.

@@ -291,9 +291,7 @@ def train_entry(profile: str, parameters: str, name: str, seed: int) -> None:
     study.train(ENTRIES[name](study), [seed])
 
 
-def run_study(
-    profile: str, parameters: Mapping[str, Any], workers: int = 1, scheduler: str | None = None
-) -> Settings:
+def run_study(profile: str, parameters: Mapping[str, Any], workers: int = 1, scheduler: str | None = None) -> Settings:
     """Train all arms of the settings' groups, spread over processes or a cluster (`jobs.run_jobs`); what is trained
     already is found. The notebook `study` then shows them.
 

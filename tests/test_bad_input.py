@@ -67,7 +67,11 @@ def folder(change):
                 for i in range(2):
                     Image.new("RGB", (32, 32), (number, i, 0)).save(root / part / f"class{number}" / f"{i}.png")
         change(root)
-        load_data(w.settings(data=f"folder:{root}", train_size=10, val_size=10, test_size=10, batch_size=5, teacher_batch_size=5))
+        load_data(
+            w.settings(
+                data=f"folder:{root}", train_size=10, val_size=10, test_size=10, batch_size=5, teacher_batch_size=5
+            )
+        )
 
     return call
 

@@ -119,7 +119,9 @@ def test_both_compute_the_same(found):
     names = [check["name"] for check in found["checks"]]
     assert len(names) == 4 and {"student, cross-entropy", "student, distillation"} < set(names)
     for check in found["checks"]:
-        assert check["ours"] == pytest.approx(check["reference"], rel=1e-4 if check["name"] == "student, cross-entropy" else 5e-3)
+        assert check["ours"] == pytest.approx(
+            check["reference"], rel=1e-4 if check["name"] == "student, cross-entropy" else 5e-3
+        )
     accuracy = found["accuracy"]
     assert len(accuracy["ours"]) == len(accuracy["reference"]) > 0
     assert all(0 <= value <= 1 for value in accuracy["ours"] + accuracy["reference"])
@@ -158,7 +160,11 @@ def test_a_growth_is_the_slope_of_a_line():
 
 
 def test_the_whole_is_read_from_the_last_run_under_the_same_conditions(tmp_path, tiny):
-    keys = ["student_ce", "student_kd", *(f"{a}_{what}" for a in ("resnet50", "resnet18") for what in ("forward", "fit"))]
+    keys = [
+        "student_ce",
+        "student_kd",
+        *(f"{a}_{what}" for a in ("resnet50", "resnet18") for what in ("forward", "fit")),
+    ]
     rows = [{"key": key, "ours_s": seconds} for key, seconds in zip(keys, (1, 2, 100, 10, 50, 5), strict=True)]
     settings = tiny(
         seeds=[0, 1], epochs=3, teacher_seeds=[0], teacher_views=2, resnet50_epochs=4, resnet18_epochs=6,

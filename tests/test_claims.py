@@ -13,7 +13,12 @@ from kdutils.metrics import OUTCOMES
 from kdutils.students import StudentRun
 
 BOTH = "resnet50+resnet18"
-SETTINGS = {"epochs": 30, "label_smoothing": 0.1, "resnet50_trainable": "last_layer", "resnet18_trainable": "last_block"}
+SETTINGS = {
+    "epochs": 30,
+    "label_smoothing": 0.1,
+    "resnet50_trainable": "last_layer",
+    "resnet18_trainable": "last_block",
+}
 CORE_ARMS = {
     ("1", "scratch", "", 30): 0.70, ("2", "last_layer", "resnet50", 20): 0.80, ("2", "last_block", "resnet18", 10): 0.82,
     ("3", "kd", "resnet50", 30): 0.72, ("3", "kd", "resnet18", 30): 0.73, ("4", "kd_mean_prob", BOTH, 30): 0.74,
@@ -221,7 +226,9 @@ def test_the_table_of_primary_comparisons(tiny, toy_data):
     right_of = {
         ("scratch", ""): (5, 6, 5), ("kd", "resnet50"): (7, 8, 8), ("kd", "resnet18"): (8, 8, 9), ("kd_mean_prob", BOTH): (8, 8, 9),
     }  # fmt: skip
-    arms = [[a_run(key, seed, toy_data, right) for seed, right in enumerate(rights)] for key, rights in right_of.items()]
+    arms = [
+        [a_run(key, seed, toy_data, right) for seed, right in enumerate(rights)] for key, rights in right_of.items()
+    ]
     table = primary_table(arms, toy_data, tiny(seeds=[0, 1, 2]))
     assert table["Comparison"].tolist() == [
         "One teacher, ResNet-50 − from scratch", "Two teachers − from scratch",
@@ -229,7 +236,12 @@ def test_the_table_of_primary_comparisons(tiny, toy_data):
     ]  # fmt: skip
     # differences 20, 20, 30 points: mean 23.33, sd 5.77, so t = 7.00 with 2 degrees of freedom
     first = table.iloc[0]
-    assert (first["Difference"], first["Over seeds"], first["n"], first["p"]) == ("+23.33", "[+8.99, +37.68]", 3, "0.020")
+    assert (first["Difference"], first["Over seeds"], first["n"], first["p"]) == (
+        "+23.33",
+        "[+8.99, +37.68]",
+        3,
+        "0.020",
+    )
     assert first["p (Holm)"] == "0.079"
     assert first["Over images"].startswith("[+")
     assert table.iloc[2].tolist()[1:4] == ["+0.00", "[+0.00, +0.00]", "[+0.00, +0.00]"]
@@ -243,4 +255,6 @@ def a_run(key, seed, dataset, right):
     labels = dataset.test.labels
     named = torch.where(torch.arange(len(labels)) < right, labels, (labels + 1) % 10)
     logits = torch.eye(10)[named]
-    return StudentRun(key[0], tuple(filter(None, key[1].split("+"))), seed, {}, {"val": logits, "test": logits}, {}, 0.0, "")
+    return StudentRun(
+        key[0], tuple(filter(None, key[1].split("+"))), seed, {}, {"val": logits, "test": logits}, {}, 0.0, ""
+    )

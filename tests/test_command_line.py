@@ -52,7 +52,9 @@ def rows(settings):
 
 def test_results_prints_the_tables_of_a_run(capsys, tiny_profile, toy_data):
     settings = load_settings(tiny_profile())
-    better = [{**row, "task": "4", "arm": "kd", "value": f"{float(row['value']) + 0.125:.6f}"} for row in rows(settings)]
+    better = [
+        {**row, "task": "4", "arm": "kd", "value": f"{float(row['value']) + 0.125:.6f}"} for row in rows(settings)
+    ]
     times = [("student, scratch, seed 0", 61.0), ("student, scratch, seed 1", 59.5), ("features", 3.0)]
     record(settings, "01_small_cnn", rows(settings) + better, {"data": toy_data.facts}, times, {})
     assert main(["results", "--profile", tiny_profile()]) == 0

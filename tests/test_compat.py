@@ -21,7 +21,9 @@ def run_python(code):
 @pytest.mark.parametrize("before", ["", "try:\n    import torchvision\nexcept RuntimeError:\n    pass\n"])
 def test_torchvision_works_after_kdutils(before):
     """In a fresh interpreter, also when an import of torchvision has already failed there."""
-    result = run_python(before + """
+    result = run_python(
+        before
+        + """
 import kdutils.compat, sys
 package = kdutils.compat.ensure_torchvision()
 import torch, torchvision
@@ -31,7 +33,8 @@ from torchvision.datasets import CIFAR10
 assert transforms.Normalize([0.5] * 3, [0.5] * 3)(torch.zeros(3, 4, 4)).min() == -1
 assert transforms.Resize(8, antialias=True)(torch.zeros(3, 4, 4)).shape == (3, 8, 8)
 assert models.resnet18().eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
-""")
+"""
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -61,11 +64,14 @@ def test_a_healthy_install_is_left_alone(monkeypatch):
     assert names == ["torchvision"] and sys.modules == before
 
 
-@pytest.mark.parametrize("error", [
-    ModuleNotFoundError("No module named 'torchvision'"),
-    RuntimeError("operator torchvision::roi_align does not exist"),
-    RuntimeError("Detected that PyTorch and torchvision were compiled with different CUDA major versions."),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'torchvision'"),
+        RuntimeError("operator torchvision::roi_align does not exist"),
+        RuntimeError("Detected that PyTorch and torchvision were compiled with different CUDA major versions."),
+    ],
+)
 def test_other_errors_pass_through(monkeypatch, error):
     names = fake_import(monkeypatch, error)
     with pytest.raises(type(error)) as caught:

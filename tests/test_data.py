@@ -201,6 +201,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     else:
         assert np.abs(pixels.astype(int) - 200).max() <= 4
 
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_is_white(tmp_path, mode):
     """Whatever colour the file keeps under it; half transparent is half of it."""

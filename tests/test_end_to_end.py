@@ -117,7 +117,15 @@ def test_the_study_shows_its_arms(settings, parameters, monkeypatch):
     monkeypatch.setattr(pipeline, "NOTEBOOKS", ())
     studied = pipeline.run("demo", {**parameters, "study": ["controls", "memory", "self", "losses"]})
     results = pd.read_csv(studied.run_folder / "results.csv", keep_default_na=False, dtype={"task": str})
-    arms = {"no_label_smoothing": "1", "kd_shuffled": "3", "kd_out_of_fold": "3", "kd_self": "3", "dkd": "3", "dist": "3", "kd_standardized": "3"}
+    arms = {
+        "no_label_smoothing": "1",
+        "kd_shuffled": "3",
+        "kd_out_of_fold": "3",
+        "kd_self": "3",
+        "dkd": "3",
+        "dist": "3",
+        "kd_standardized": "3",
+    }
     assert dict(results[["arm", "task"]].itertuples(index=False, name=None)) == arms
     notebook = nbformat.read(studied.run_folder / "notebooks" / "study.ipynb", as_version=4)
     about = [output.get("metadata", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -128,7 +136,9 @@ def test_a_failing_notebook_stops_the_run_and_is_named(tmp_path, monkeypatch):
     """The failure: the first notebook's training diverges at an absurd learning rate."""
     monkeypatch.setattr(pipeline, "NOTEBOOKS", pipeline.NOTEBOOKS[:1])
     bad = {**TINY, "runs_dir": str(tmp_path), "learning_rate": 1e30, "weight_decay": 0.0, "optimizer": "sgd"}
-    with pytest.raises(UserError, match=r"01_small_cnn stopped in cell \d+: scratch, seed 0: .* lower the learning rate"):
+    with pytest.raises(
+        UserError, match=r"01_small_cnn stopped in cell \d+: scratch, seed 0: .* lower the learning rate"
+    ):
         pipeline.run("demo", bad)
     assert (tmp_path / "demo" / "notebooks" / "01_small_cnn.ipynb").is_file()
 

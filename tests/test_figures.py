@@ -22,7 +22,9 @@ def legend_of(figure):
 
 def points(axes, marker):
     """The (x, y) of every marker of a kind."""
-    return [tuple(map(float, point)) for line in axes.lines if line.get_marker() == marker for point in line.get_xydata()]
+    return [
+        tuple(map(float, point)) for line in axes.lines if line.get_marker() == marker for point in line.get_xydata()
+    ]
 
 
 def test_every_picture_fits_the_page_and_is_not_shown_by_itself():
@@ -74,7 +76,9 @@ def test_gains_lie_over_their_teachers_with_both_intervals():
 
 
 def test_gains_by_class_are_in_points():
-    table = pd.DataFrame({"class": ["cat", "dog"], "mean": [0.02, -0.01], "low": [0.01, np.nan], "high": [0.03, np.nan]})
+    table = pd.DataFrame(
+        {"class": ["cat", "dog"], "mean": [0.02, -0.01], "low": [0.01, np.nan], "high": [0.03, np.nan]}
+    )
     figure = figures.class_gain({"one": table, "two": table})
     axes = figure.axes[0]
     for marker in "os":
@@ -115,9 +119,16 @@ def test_the_gallery_shows_what_one_arm_gets_right_and_the_other_wrong():
     #                     only a  only a, surer  only b  both  neither  half of the seeds
     right_a = np.array([[1, 1, 0, 1, 0, 1], [1, 1, 0, 1, 0, 0], [0, 1, 1, 1, 0, 0]], dtype=bool)
     right_b = np.array([[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0]], dtype=bool)
-    figure = figures.disagreement_gallery(split, ["cat", "dog", "eel"], right_a, right_b, ("kd", "scratch"), columns=2, rows=1)
+    figure = figures.disagreement_gallery(
+        split, ["cat", "dog", "eel"], right_a, right_b, ("kd", "scratch"), columns=2, rows=1
+    )
     above, below = figure.subfigs
     assert above._suptitle.get_text() == "right: kd, wrong: scratch (2 of 6 images)"
     assert below._suptitle.get_text() == "right: scratch, wrong: kd (1 of 6 images)"
-    shown = [(axes.get_title(), int(axes.images[0].get_array().max())) for part in (above, below) for axes in part.axes if axes.images]
+    shown = [
+        (axes.get_title(), int(axes.images[0].get_array().max()))
+        for part in (above, below)
+        for axes in part.axes
+        if axes.images
+    ]
     assert shown == [("dog", 1), ("cat", 0), ("eel", 2)]

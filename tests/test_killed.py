@@ -52,7 +52,11 @@ def leftovers(folder):
 
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(runs):
     whole = found(runs / "whole" / "tiny")
-    assert {line.split(",")[1] for line in whole["results.csv"].decode().splitlines()} >= {"scratch", "kd", "last_layer"}
+    assert {line.split(",")[1] for line in whole["results.csv"].decode().splitlines()} >= {
+        "scratch",
+        "kd",
+        "last_layer",
+    }
     rounds = sorted(runs.glob("round*"))
     assert rounds
     for folder in rounds:
@@ -75,7 +79,9 @@ def test_the_command_itself_killed_at_random_moments(tmp_path):
     from test_end_to_end import TINY as SMALL
 
     def command(name):
-        given = [word for key, value in {**SMALL, "runs_dir": tmp_path / name}.items() for word in ("-p", key, str(value))]
+        given = [
+            word for key, value in {**SMALL, "runs_dir": tmp_path / name}.items() for word in ("-p", key, str(value))
+        ]
         return [sys.executable, "-m", "kdutils", "run", "--profile", "demo", *given, "--report"]
 
     quiet = {"stdout": subprocess.DEVNULL, "cwd": tmp_path, "env": ENVIRONMENT}

@@ -163,7 +163,9 @@ def test_an_image_without_a_label_counts_its_soft_term_alone(alpha):
     mixed = torch.where(torch.arange(6) < 2, unlabelled, LABELS)
     expected = (2 * kd_loss(student[:2], teacher[:2], 4.0)
                 + 4 * distillation_loss(student[2:], teacher[2:], LABELS[2:], 4.0, alpha, 0.1)) / 6  # fmt: skip
-    torch.testing.assert_close(distillation_loss(student, teacher, mixed, 4.0, alpha, 0.1), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        distillation_loss(student, teacher, mixed, 4.0, alpha, 0.1), expected, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("teachers", [2, 3])
@@ -261,7 +263,9 @@ def test_teachers_that_cannot_be_combined(teachers, rule, labels, message):
         combine_teachers(teachers, rule, 4.0, labels)
 
 
-extreme = st.lists(st.lists(st.sampled_from([-1e4, -50.0, 0.0, 1.0, 1e4]), min_size=5, max_size=5), min_size=6, max_size=6)
+extreme = st.lists(
+    st.lists(st.sampled_from([-1e4, -50.0, 0.0, 1.0, 1e4]), min_size=5, max_size=5), min_size=6, max_size=6
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -344,7 +348,9 @@ def test_other_soft_terms_are_weighed_against_the_labels_in_the_same_way(mixed, 
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 7), st.integers(2, 9), st.floats(0.3, 20), st.floats(0, 1), st.floats(0, 0.9))
+@given(
+    st.integers(0, 10**6), st.integers(1, 7), st.integers(2, 9), st.floats(0.3, 20), st.floats(0, 1), st.floats(0, 0.9)
+)
 def test_any_batch_temperature_and_weights(seed, batch, classes, temperature, alpha, smoothing):
     """Not negative, blind to a shift of an image's logits and to the order of images and classes; true gradients."""
     student, teacher, other = (logits(seed + i, batch, classes) for i in range(3))

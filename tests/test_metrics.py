@@ -46,7 +46,10 @@ def test_ece_of_a_calibrated_and_of_a_certain_model():
 
 def test_evaluate_holds_the_three(four):
     assert metrics.evaluate(*four) == {
-        "accuracy": metrics.accuracy(*four), "nll": metrics.nll(*four), "ece": metrics.ece(*four)}
+        "accuracy": metrics.accuracy(*four),
+        "nll": metrics.nll(*four),
+        "ece": metrics.ece(*four),
+    }
 
 
 def test_predictive_entropy():
@@ -117,22 +120,37 @@ def test_scores_of_a_class_that_is_not_there():
     assert table["f1"].tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize("logits, labels", [
-    (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), (torch.zeros(3), torch.tensor([0, 1, 2])),
-    (torch.zeros(2, 3), torch.tensor([0])), (torch.zeros(2, 3), torch.tensor([0, 3])),
-    (torch.zeros(2, 3), torch.tensor([-1, 0])),
-])
+@pytest.mark.parametrize(
+    "logits, labels",
+    [
+        (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)),
+        (torch.zeros(3), torch.tensor([0, 1, 2])),
+        (torch.zeros(2, 3), torch.tensor([0])),
+        (torch.zeros(2, 3), torch.tensor([0, 3])),
+        (torch.zeros(2, 3), torch.tensor([-1, 0])),
+    ],
+)
 def test_shapes_that_do_not_fit(logits, labels):
     for function in (metrics.accuracy, metrics.nll, metrics.ece, metrics.confusion_matrix):
         with pytest.raises(ValueError):
             function(logits, labels)
 
 
-@pytest.mark.parametrize("probability, df, expected", [
-    (0.975, 1, 12.7062047), (0.975, 2, 4.3026527), (0.975, 3, 3.1824463), (0.975, 4, 2.7764451),
-    (0.975, 9, 2.2621572), (0.975, 30, 2.0422725), (0.95, 5, 2.0150484), (0.995, 4, 4.6040949),
-    (0.975, 1000, 1.9623391), (0.5, 3, 0.0),
-])
+@pytest.mark.parametrize(
+    "probability, df, expected",
+    [
+        (0.975, 1, 12.7062047),
+        (0.975, 2, 4.3026527),
+        (0.975, 3, 3.1824463),
+        (0.975, 4, 2.7764451),
+        (0.975, 9, 2.2621572),
+        (0.975, 30, 2.0422725),
+        (0.95, 5, 2.0150484),
+        (0.995, 4, 4.6040949),
+        (0.975, 1000, 1.9623391),
+        (0.5, 3, 0.0),
+    ],
+)
 def test_t_quantile_against_tables(probability, df, expected):
     assert metrics.t_quantile(probability, df) == pytest.approx(expected, abs=1e-6)
 
@@ -163,10 +181,18 @@ def test_too_few_or_unequal_seeds():
             metrics.paired_difference(a, b)
 
 
-@pytest.mark.parametrize("low, high, expected", [
-    (0.01, 3, "helps"), (-3, -0.01, "hurts"), (-1, 1, "equivalent"), (0, 0, "equivalent"),
-    (-1.01, 0.5, "not separable"), (-0.5, 1.01, "not separable"), (0, 2, "not separable"),
-])
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0.01, 3, "helps"),
+        (-3, -0.01, "hurts"),
+        (-1, 1, "equivalent"),
+        (0, 0, "equivalent"),
+        (-1.01, 0.5, "not separable"),
+        (-0.5, 1.01, "not separable"),
+        (0, 2, "not separable"),
+    ],
+)
 def test_the_outcome_follows_the_interval_and_the_margin(low, high, expected):
     assert metrics.outcome(Difference((low + high) / 2, low, high, 5), margin=1) == expected
 
@@ -177,9 +203,17 @@ def test_what_is_not_a_number_has_no_outcome(difference):
         metrics.outcome(difference, 1)
 
 
-@pytest.mark.parametrize("t, n, expected", [
-    (2.7764451, 5, 0.05), (4.6040949, 5, 0.01), (12.7062047, 2, 0.05), (2.2621572, 10, 0.05), (0.0, 3, 1.0), (-4.3026527, 3, 0.05),
-])
+@pytest.mark.parametrize(
+    "t, n, expected",
+    [
+        (2.7764451, 5, 0.05),
+        (4.6040949, 5, 0.01),
+        (12.7062047, 2, 0.05),
+        (2.2621572, 10, 0.05),
+        (0.0, 3, 1.0),
+        (-4.3026527, 3, 0.05),
+    ],
+)
 def test_p_values_against_tables(t, n, expected):
     """Differences of mean m and sd s with m / (s / sqrt(n)) = t."""
     spread = np.linspace(-1, 1, n)
@@ -252,9 +286,18 @@ def test_mean_sd():
 @pytest.fixture
 def small_cnn():
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16, affine=False), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(2048, 128), nn.Dropout(), nn.Linear(128, 10))
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16, affine=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2048, 128),
+        nn.Dropout(),
+        nn.Linear(128, 10),
+    )
 
 
 def test_parameter_count(small_cnn):
@@ -290,7 +333,7 @@ def test_measuring_leaves_the_model_as_it_was(small_cnn):
 
 def test_latency_is_the_median_per_image_after_a_warm_up(monkeypatch):
     clock = [0.0]
-    durations = iter([100.0, 100.0, 100.0, 2.0, 4.0, 90.0])    # three to warm up, then three that count
+    durations = iter([100.0, 100.0, 100.0, 2.0, 4.0, 90.0])  # three to warm up, then three that count
     modes = []
 
     class Model(nn.Module):

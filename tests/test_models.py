@@ -58,7 +58,9 @@ def made(arch):
 
 
 def images(count=2, size=32):
-    pixels = torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     return normalise(pixels)
 
 
@@ -78,7 +80,9 @@ def test_normalised_pixels():
     expected = torch.stack([(pixels[:, c] / 255.0 - MEAN[c]) / STD[c] for c in range(3)], dim=1)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert normalise(pixels.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+    assert normalise(pixels.contiguous(memory_format=torch.channels_last)).is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 def test_seeded_weights_leave_the_global_random_state_alone():

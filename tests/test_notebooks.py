@@ -69,7 +69,9 @@ def test_cell_ids_are_unique_and_readable(path):
     ids = [cell.id for cell in read(path).cells]
     assert len(set(ids)) == len(ids)
     for name in ids:
-        assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) and not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f-]+)?", name)
+        assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) and not re.fullmatch(
+            r"[0-9a-f]{8}(-[0-9a-f-]+)?", name
+        )
 
 
 @each
@@ -139,7 +141,9 @@ def test_every_name_is_bound_before_it_is_used(path):
     for cell in code(path):
         tree = ast.parse(cell.source)
         inner = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        read_here = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        read_here = {
+            node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        }
         assert read_here - known - inner - names_bound(tree) == set(), cell.id
         known |= names_bound(tree)
 

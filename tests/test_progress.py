@@ -75,7 +75,12 @@ def batch(tiny):
 
 
 def test_a_stage_is_one_live_line_and_its_last_state_stays(batch):
-    texts = [batch.text(student(1), 0), batch.text(student(2), 1), batch.text(student(1, "kd resnet18"), 2), batch.end()]
+    texts = [
+        batch.text(student(1), 0),
+        batch.text(student(2), 1),
+        batch.text(student(1, "kd resnet18"), 2),
+        batch.end(),
+    ]
     assert [text[:1] for text in texts] == ["\r", "\r", "\n", "\n"] and batch.end() == ""
     assert "".join(texts[:3]).count("\n") == 1
     assert batch.text("resnet50: features of every view: 3/180, 40 s left") == (
@@ -102,11 +107,13 @@ def test_a_terminal_gets_live_lines_and_a_pipe_plain_ones(tiny, tmp_path, monkey
 
 def test_the_closing_table_adds_up_the_seeds_of_a_stage(tmp_path):
     (tmp_path / "timings.csv").write_text(
-        "stage,seconds\nresnet18: features of every view,61\n\"student, scratch, seed 0\",50\n\"student, scratch, seed 1\",75.5\n"
+        'stage,seconds\nresnet18: features of every view,61\n"student, scratch, seed 0",50\n"student, scratch, seed 1",75.5\n'
     )
     table = pipeline.times_table(tmp_path)
     assert table.values.tolist() == [
-        ["resnet18: features of every view", 1, "1:01 min"], ["student, scratch", 2, "2:05 min"], ["total", 3, "3:06 min"],
+        ["resnet18: features of every view", 1, "1:01 min"],
+        ["student, scratch", 2, "2:05 min"],
+        ["total", 3, "3:06 min"],
     ]
     assert text_table(table).splitlines() == [
         "Stage                             Times      Took",

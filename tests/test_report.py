@@ -272,7 +272,9 @@ def test_readme_holds_the_table_between_its_marks_however_often_it_is_updated(tm
 def test_the_pictures_that_a_readme_shows_are_the_notebooks_figures(tmp_path):
     def shown(name, **data):
         metadata = {"kdutils": {"name": name}}
-        return nbformat.v4.new_output("display_data", {kind.replace("_", "/"): value for kind, value in data.items()}, metadata=metadata)
+        return nbformat.v4.new_output(
+            "display_data", {kind.replace("_", "/"): value for kind, value in data.items()}, metadata=metadata
+        )
 
     outputs = [shown("curves", image_png="QUJD"), shown("other", image_png="REVG"), shown("words", text_html="<b>")]
     cells = [nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell("x", outputs=outputs)]
@@ -282,7 +284,10 @@ def test_the_pictures_that_a_readme_shows_are_the_notebooks_figures(tmp_path):
     pictures.mkdir(parents=True)
     (pictures / "screenshot.png").write_bytes(b"mine")
     report.update_pictures(readme, [tmp_path / "a.ipynb"])
-    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == {"curves.png": b"ABC", "screenshot.png": b"mine"}
+    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == {
+        "curves.png": b"ABC",
+        "screenshot.png": b"mine",
+    }
 
 
 def test_a_readme_without_marks_is_an_error(tmp_path):

@@ -61,7 +61,16 @@ def test_a_builder_is_known_by_its_code_and_arguments():
 
 
 def a_student(seed, logits, state=None):
-    return StudentRun("kd", ("resnet18",), seed, {}, {part: logits for part in ("train", "val", "test")}, state or SmallCNN().state_dict(), 0.0, "")
+    return StudentRun(
+        "kd",
+        ("resnet18",),
+        seed,
+        {},
+        {part: logits for part in ("train", "val", "test")},
+        state or SmallCNN().state_dict(),
+        0.0,
+        "",
+    )
 
 
 def logits_for(labels, wrong=()):
@@ -79,7 +88,9 @@ def test_rows_tell_how_a_student_follows_its_teacher(tiny, toy_data):
     resnet18 = Teacher("resnet18", "last_block", [run], "", False, "", 1, 1, 1, 0.0)
     rows = student_rows(3, [a_student(0, student)], small, tiny(), [resnet18])
     found = {row["metric"]: float(row["value"]) for row in rows if row["split"] == "test"}
-    assert found["agreement_resnet18"] == 0.7 and found["agreement_resnet18_teacher_right"] == pytest.approx(6 / 7, abs=1e-6)
+    assert found["agreement_resnet18"] == 0.7 and found["agreement_resnet18_teacher_right"] == pytest.approx(
+        6 / 7, abs=1e-6
+    )
     assert found["agreement_resnet18_teacher_wrong"] == pytest.approx(1 / 3, abs=1e-6)
     assert found["kl_resnet18"] == pytest.approx(metrics.fidelity(student, teacher), abs=1e-6)
     assert {"accuracy", "accuracy_flip"} <= found.keys()
@@ -102,7 +113,9 @@ def test_a_flipped_image_is_seen_by_the_very_network(tiny, toy_data):
 def test_a_comparison_gives_both_intervals(toy_data):
     labels = toy_data.test.labels
     data = toy_data._replace(train=toy_data.test, val=toy_data.test)
-    scratch = [a_student(seed, logits_for(labels, wrong)) for seed, wrong in enumerate(([0, 1, 2], [0, 1, 3], [0, 2, 3]))]
+    scratch = [
+        a_student(seed, logits_for(labels, wrong)) for seed, wrong in enumerate(([0, 1, 2], [0, 1, 3], [0, 2, 3]))
+    ]
     kd = [a_student(seed, logits_for(labels, wrong)) for seed, wrong in enumerate(([0], [0, 1], [0]))]
     table = comparison([("scratch", scratch), ("kd", kd)], data, baseline=scratch)
     assert table["Difference"].tolist() == ["–", "+16.67 [+2.32, +31.01]"]

@@ -46,8 +46,14 @@ class Maker:
 
 def same(found):
     tensors, facts = found[:2]
-    return facts == FACTS and tensors.keys() == TENSORS.keys() and all(
-        tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+    return (
+        facts == FACTS
+        and tensors.keys() == TENSORS.keys()
+        and all(
+            tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
+            for name, tensor in TENSORS.items()
+        )
+    )
 
 
 def test_made_once_and_loaded_afterwards(tmp_path):
@@ -161,8 +167,11 @@ def test_results_have_the_exact_columns(tiny):
     path = record(tiny(), "01_small_cnn", rows(1, "scratch"), {"data": {"name": "d"}}, [("stage", 1.23456)], {})
     with path.open(newline="") as file:
         table = list(csv.reader(file))
-    assert tuple(table[0]) == RESULT_COLUMNS == (
-        "task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
+    assert (
+        tuple(table[0])
+        == RESULT_COLUMNS
+        == ("task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
+    )
     assert table[1] == ["1", "scratch", "", "40", "2", "0", "test", "nll", "2.000000"]
     assert len(table) == 3 and b"\r" not in path.read_bytes()
     assert (path.parent / "timings.csv").read_text() == "stage,seconds\nstage,1.235\n"
@@ -220,7 +229,9 @@ def test_the_command_of_a_run_runs_it_again(overrides):
     again = load_settings("demo", **dict(zip(given[1::3], given[2::3], strict=True)))
     assert again.identity() == settings.identity()
     # what the machine chose is named too, so that another one computes in the same precision
-    assert set(given[1::3]) - {"precision"} == {name for name, value in overrides.items() if value != getattr(load_settings("demo"), name)}
+    assert set(given[1::3]) - {"precision"} == {
+        name for name, value in overrides.items() if value != getattr(load_settings("demo"), name)
+    }
 
 
 def test_numbers_that_yaml_reads_as_text_are_no_parameters_of_the_command(tiny_profile):

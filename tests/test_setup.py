@@ -58,8 +58,11 @@ def test_every_import_is_required():
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_constraints_pin_every_requirement_once(python):
-    pins = [pin for pin in read_requirements("constraints.txt")
-            if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    pins = [
+        pin
+        for pin in read_requirements("constraints.txt")
+        if pin.marker is None or pin.marker.evaluate({"python_version": python})
+    ]
     pinned = {canonicalize_name(pin.name): pin for pin in pins}
     assert len(pinned) == len(pins)
     for pin in pins:
@@ -82,8 +85,9 @@ def run_make(*arguments, **options):
     """make, as typed in a fresh shell (not as a child of the make that runs these tests)."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     environment |= options.pop("environment", {})
-    return subprocess.run(["make", "--no-print-directory", *arguments], env=environment,
-                          capture_output=True, text=True, **options)
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments], env=environment, capture_output=True, text=True, **options
+    )
 
 
 @make
@@ -209,11 +213,35 @@ def test_a_python_without_venv_gets_the_command_to_type(checkout):
 
 @make
 def test_report_hands_every_value_on_whole(checkout):
-    result = run_in(checkout, "report", "PROFILE=mine", "DATA=folder:my data/it's",
-                    "DATA_NAME=My ten classes", "WEIGHTS=my weights", 'PARAMS=-p epochs 60 -p seeds "[0, 1]"')
+    result = run_in(
+        checkout,
+        "report",
+        "PROFILE=mine",
+        "DATA=folder:my data/it's",
+        "DATA_NAME=My ten classes",
+        "WEIGHTS=my weights",
+        'PARAMS=-p epochs 60 -p seeds "[0, 1]"',
+    )
     assert result.returncode == 0, result.stderr
-    given = ["--profile", "mine", "-p", "data", "folder:my data/it's", "-p", "data_name", "My ten classes",
-             "-p", "weights", "my weights", "-p", "epochs", "60", "-p", "seeds", "[0, 1]"]
+    given = [
+        "--profile",
+        "mine",
+        "-p",
+        "data",
+        "folder:my data/it's",
+        "-p",
+        "data_name",
+        "My ten classes",
+        "-p",
+        "weights",
+        "my weights",
+        "-p",
+        "epochs",
+        "60",
+        "-p",
+        "seeds",
+        "[0, 1]",
+    ]
     assert result.stdout.splitlines() == ["-m", "kdutils", "run", *given, "--report", "--out", "report"]
 
 
@@ -225,8 +253,15 @@ def test_variables_of_the_surrounding_shell_do_not_leak(checkout):
 
 @make
 def test_clean_leaves_what_is_not_its_own(checkout):
-    kept = ["data/a.log", "weights/b.aux", "runs/demo/__pycache__/c", "report/report.tex",
-            "report/generated/d.tex", ".venv/bin/python", "kdutils/e.py"]
+    kept = [
+        "data/a.log",
+        "weights/b.aux",
+        "runs/demo/__pycache__/c",
+        "report/report.tex",
+        "report/generated/d.tex",
+        ".venv/bin/python",
+        "kdutils/e.py",
+    ]
     gone = ["report/report.aux", "report/report.latex/x.pdf", "kdutils/__pycache__/y.pyc", ".pytest_cache/z"]
     for name in kept + gone:
         path = checkout / name

@@ -66,7 +66,7 @@ def test_no_two_images_are_alike_within_and_across_blocks_and_seeds():
 def test_every_figure_is_visible(plain, names):
     images, labels = draw(names, 40 * len(names), seed=1)
     images = images.float() / 255
-    background = images[:, :, 0, 0, None, None]    # no figure reaches this corner
+    background = images[:, :, 0, 0, None, None]  # no figure reaches this corner
     distance = (images - background).norm(dim=1).flatten(1)
     assert distance.max(dim=1).values.min() >= shapes.MIN_CONTRAST - 0.02
     covered = (distance > 0.1).float().mean(dim=1)
@@ -94,12 +94,12 @@ def test_figures_have_the_areas_geometry_gives_them():
         return (shapes._FIGURES[name](x, y) <= 0).double().mean().item() * 9
 
     pi = torch.pi
-    assert area("circle") == pytest.approx(pi * 0.85 ** 2, rel=0.01)
-    assert area("triangle") == pytest.approx(3 * 3 ** 0.5 / 4 * 1.15 ** 2, rel=0.01)
-    assert area("square") == pytest.approx(1.5 ** 2, rel=0.02)
-    assert area("ring") == pytest.approx(pi * (0.95 ** 2 - 0.5 ** 2), rel=0.01)
+    assert area("circle") == pytest.approx(pi * 0.85**2, rel=0.01)
+    assert area("triangle") == pytest.approx(3 * 3**0.5 / 4 * 1.15**2, rel=0.01)
+    assert area("square") == pytest.approx(1.5**2, rel=0.02)
+    assert area("ring") == pytest.approx(pi * (0.95**2 - 0.5**2), rel=0.01)
     assert area("star") == pytest.approx(5 * 1.15 * 0.5 * torch.tensor(pi / 5).sin().item(), rel=0.01)
-    assert area("cross") == pytest.approx(2 * 1.9 * 0.64 - 0.64 ** 2, rel=0.02)
+    assert area("cross") == pytest.approx(2 * 1.9 * 0.64 - 0.64**2, rel=0.02)
 
 
 def test_no_figure_looks_like_another_one_turned():
@@ -110,7 +110,7 @@ def test_no_figure_looks_like_another_one_turned():
     all_turned = {name: shapes._FIGURES[name](turned_x, turned_y) <= 0 for name in SHAPES10}
     for position, name in enumerate(SHAPES10):
         figure = shapes._FIGURES[name](x, y) <= 0
-        for other in SHAPES10[position + 1:]:
+        for other in SHAPES10[position + 1 :]:
             turned = all_turned[other]
             overlap = (figure & turned).sum((1, 2)) / (figure | turned).sum((1, 2))
             assert overlap.max() < 0.92, (name, other)
@@ -129,7 +129,7 @@ def test_clutter_and_noise_change_the_images(plain, monkeypatch):
 
 def test_edges_are_anti_aliased(plain):
     image = draw(["circle"], 1, seed=0)[0][0]
-    assert len(image.flatten(1).unique(dim=1).T) > 4    # shades between the two colours
+    assert len(image.flatten(1).unique(dim=1).T) > 4  # shades between the two colours
 
 
 def test_other_sizes():
@@ -138,10 +138,16 @@ def test_other_sizes():
     assert draw(SHAPES10, 0, seed=0)[0].shape == (0, 3, 32, 32)
 
 
-@pytest.mark.parametrize("names, count, size, part", [
-    (["circle", "blancmange"], 4, 32, "blancmange"), (["circle", "circle"], 4, 32, "distinct"),
-    ([], 4, 32, "one or more"), (["circle"], -1, 32, "count"), (["circle"], 4, 0, "size"),
-])
+@pytest.mark.parametrize(
+    "names, count, size, part",
+    [
+        (["circle", "blancmange"], 4, 32, "blancmange"),
+        (["circle", "circle"], 4, 32, "distinct"),
+        ([], 4, 32, "one or more"),
+        (["circle"], -1, 32, "count"),
+        (["circle"], 4, 0, "size"),
+    ],
+)
 def test_what_cannot_be_drawn_is_said(names, count, size, part):
     with pytest.raises(ValueError, match=part):
         draw(names, count, seed=0, size=size)

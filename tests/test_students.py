@@ -363,7 +363,9 @@ def teacher_settings(tiny, tmp_path):
 
 
 def files_of(settings, pattern="**/*"):
-    return {path: path.stat().st_mtime_ns for path in (settings.run_folder / "teachers").glob(pattern) if path.is_file()}
+    return {
+        path: path.stat().st_mtime_ns for path in (settings.run_folder / "teachers").glob(pattern) if path.is_file()
+    }
 
 
 def whole_network(settings, seed):
@@ -413,7 +415,10 @@ def test_only_what_depends_on_a_setting_is_computed_again(teacher_settings, toy_
     features = files_of(settings, "resnet18-last_block-features/*")
     assert len(features) == 4 and len(files) == 6  # features of 2 train views, val, test; the suffix; its logits
 
-    for change in ({"temperature": 2.0}, {"alpha": 0.5, "epochs": 5, "seeds": [4], "resnet50_epochs": 3, "test_size": 11}):
+    for change in (
+        {"temperature": 2.0},
+        {"alpha": 0.5, "epochs": 5, "seeds": [4], "resnet50_epochs": 3, "test_size": 11},
+    ):
         (again,) = fine_tune("resnet18", toy_data, teacher_settings(teacher_seeds=[0], **change)).runs
         assert files_of(settings) == files, change
         assert again.fingerprint == first.fingerprint and torch.equal(again.view_logits, first.view_logits)
@@ -626,7 +631,9 @@ def test_logits_too_large_to_be_kept_are_named(teacher_settings, toy_data, monke
     ("fit", "resnet18, last_layer, seed 0", "teacher_batch_size or feature_memory_gb"),
     ("normalise", "features", "teacher_size"), ("predict", "logits", "teacher_size"),
 ])  # fmt: skip
-def test_where_memory_runs_out_the_setting_to_lower_is_named(teacher_settings, toy_data, monkeypatch, name, what, setting):
+def test_where_memory_runs_out_the_setting_to_lower_is_named(
+    teacher_settings, toy_data, monkeypatch, name, what, setting
+):
     def out_of_memory(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
@@ -676,6 +683,7 @@ def test_there_must_be_room_for_the_features_that_are_missing(teacher_settings, 
 
 def test_the_order_in_which_things_are_made_does_not_matter(teacher_settings, toy_data, tmp_path):
     """Students before teachers or after, seeds in either order, made in one run folder or loaded in it."""
+
     def made(folder, steps):
         settings = teacher_settings(**FAST, seeds=[0, 1], runs_dir=str(tmp_path / folder))
         found = {}

@@ -67,7 +67,8 @@ def test_a_student_goes_on_from_another(tiny, toy_data):
         assert all(torch.equal(before.state[name], after.state[name]) for name in before.state)
     others = train_students(Arm("scratch", cross_entropy), toy_data, tiny(epochs=1))
     assert train_students(Arm("longer", cross_entropy, start=others), toy_data, settings)[0].fingerprint not in {
-        longer[0].fingerprint, start[0].fingerprint
+        longer[0].fingerprint,
+        start[0].fingerprint,
     }
     message = message_of(train_students, Arm("longer", cross_entropy, start=start), toy_data, tiny(seeds=[7]))
     assert "longer" in message and "seed 7" in message
@@ -86,7 +87,9 @@ def test_images_without_labels_are_learnt_from_the_teacher_alone(tiny, toy_data)
     assert all(torch.equal(known[0].state[name], unknown[0].state[name]) for name in known[0].state)
     none = torch.full_like(labels, -1)
     (blind,) = train_students(arm, toy_data, settings, pool_of_views("none", images, none, 0, 1))
-    assert blind.history["train_accuracy"] == [0.0, 0.0] and blind.history["train_loss"] == known[0].history["train_loss"]
+    assert (
+        blind.history["train_accuracy"] == [0.0, 0.0] and blind.history["train_loss"] == known[0].history["train_loss"]
+    )
 
 
 def test_shuffled_soft_labels_stay_within_their_class(toy_data):
@@ -214,7 +217,9 @@ def test_the_teacher_is_chosen_on_validation_images(study):
     for run in (*study.teachers[0].runs, *better.runs):
         assert run.logits["val"].shape == (10, 10)
     right = torch.nn.functional.one_hot(study.dataset.val.labels, 10).float()
-    good, bad = ([dataclasses.replace(run, logits=run.logits | {"val": x}) for run in better.runs] for x in (right, -right))
+    good, bad = (
+        [dataclasses.replace(run, logits=run.logits | {"val": x}) for run in better.runs] for x in (right, -right)
+    )
     swapped.teachers = (dataclasses.replace(better, runs=bad), dataclasses.replace(better, arch="resnet50", runs=good))
     assert swapped.teacher.arch == "resnet50"
 

@@ -42,7 +42,9 @@ GOOD = {
 def write(tmp_path):
     def to_file(**changes):
         path = tmp_path / "try.yaml"
-        path.write_text(yaml.safe_dump({name: value for name, value in {**GOOD, **changes}.items() if value is not None}))
+        path.write_text(
+            yaml.safe_dump({name: value for name, value in {**GOOD, **changes}.items() if value is not None})
+        )
         return path
 
     return to_file
@@ -299,6 +301,7 @@ def test_other_test_labels_change_nothing_of_what_is_chosen(profile, tmp_path, m
     """Every trial, trained anew, does the same: no setting is chosen, and nothing trained, by a look at them."""
     tables = []
     for turn in (0, 3):
+
         def load(settings, turn=turn):
             found = load_data(settings)
             labels = found.test.labels.roll(turn)
@@ -307,7 +310,9 @@ def test_other_test_labels_change_nothing_of_what_is_chosen(profile, tmp_path, m
 
         monkeypatch.setattr(sweeps, "load_data", load)
         sweeps._images.cache_clear()
-        rows = run_sweep(grid_sweep(what, grid, [0]), profile, {"runs_dir": str(tmp_path / f"runs{turn}")}, tmp_path / "x.csv")
+        rows = run_sweep(
+            grid_sweep(what, grid, [0]), profile, {"runs_dir": str(tmp_path / f"runs{turn}")}, tmp_path / "x.csv"
+        )
         tables.append(sweep_table(rows).to_dict())
     sweeps._images.cache_clear()
     assert tables[0] == tables[1]
@@ -360,6 +365,11 @@ def test_the_settings_of_a_trial_become_columns():
     names = ["baseline", "temperature = 2.0, alpha = 0.5", "alpha = 1e-05", "weights = folder, alpha = 1"]
     frame = pd.DataFrame({"trial": names, "val_accuracy": 0.5})
     found = sweeps.settings_of_trials(frame)
-    assert found[["temperature", "alpha"]].isna().values.tolist() == [[True, True], [False, False], [True, False], [True, False]]
+    assert found[["temperature", "alpha"]].isna().values.tolist() == [
+        [True, True],
+        [False, False],
+        [True, False],
+        [True, False],
+    ]
     assert found["alpha"].tolist()[1:] == [0.5, 1e-5, 1] and "weights" not in found
     assert found["trial"].tolist() == names

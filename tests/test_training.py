@@ -146,7 +146,9 @@ def rates(schedule, epochs):
         places.append(model.w.item())
         return model.w.sum()
 
-    train(model, recipe(epochs=epochs, optimizer="adam", schedule=schedule, learning_rate=1.0, weight_decay=0), loss=loss)
+    train(
+        model, recipe(epochs=epochs, optimizer="adam", schedule=schedule, learning_rate=1.0, weight_decay=0), loss=loss
+    )
     return [one - other for one, other in zip(places, [*places[1:], model.w.item()])]
 
 

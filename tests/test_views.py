@@ -36,7 +36,12 @@ def test_the_table_holds_every_flip_and_shift_once(max_shift, shift_step):
 
 
 def test_the_sizes_named_in_the_documentation():
-    assert (len(view_table(4, 1)), len(view_table(4, 4)), len(view_table(3, 3)), len(view_table(0, 1))) == (162, 18, 18, 2)
+    assert (len(view_table(4, 1)), len(view_table(4, 4)), len(view_table(3, 3)), len(view_table(0, 1))) == (
+        162,
+        18,
+        18,
+        2,
+    )
 
 
 def test_the_mildest_views_come_first():
@@ -77,7 +82,9 @@ def test_any_view_of_any_size_of_image_recomputed(data):
     (found,) = view_pixels(make_views(images, margin, step), torch.tensor([index]), torch.tensor([view]))
     assert torch.equal(found, reference(images[index], margin, *table[view]))
     flipped = table.index([table[view][0], table[view][1], 1 - table[view][2]])
-    assert torch.equal(view_pixels(make_views(images, margin, step), torch.tensor([index]), torch.tensor([flipped]))[0], found.flip(-1))
+    assert torch.equal(
+        view_pixels(make_views(images, margin, step), torch.tensor([index]), torch.tensor([flipped]))[0], found.flip(-1)
+    )
 
 
 def test_a_picture_depends_on_its_own_pair_alone():
@@ -94,7 +101,12 @@ def test_types_shapes_and_layout(max_shift, size):
     pixels = view_pixels(viewed, torch.tensor([0, 1]), torch.tensor([0, 1]))
     assert pixels.shape == (2, 3, size, size) and pixels.dtype == torch.uint8
     assert pixels.is_contiguous(memory_format=torch.channels_last)
-    assert viewed.padded.dtype == torch.uint8 and viewed.padded.shape == (3, size + 2 * max_shift, size + 2 * max_shift, 3)
+    assert viewed.padded.dtype == torch.uint8 and viewed.padded.shape == (
+        3,
+        size + 2 * max_shift,
+        size + 2 * max_shift,
+        3,
+    )
 
 
 TOP = 2**20 - 1
