@@ -99,7 +99,7 @@ pretrain: $(stamp)
 
 # Two processes of one thread each: tests are many small things, and threads that wait for each other cost more than they give.
 test: setup
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: setup
 	.venv/bin/python -m pytest -q -s -m soak
