@@ -215,17 +215,17 @@ CLAIMS = (
 
     Claim("unlabelled", "kd_unlabelled/*", "scratch@extra",
           _effect("with as many steps, distillation from {a} on labelled and unlabelled images"), "unlabelled"),
-    Claim("unlabelled-kd", "kd_unlabelled/*", "kd/better", _answered(
-        helps="that is more than distillation from {b} on the labelled images gives at the report's budget"
+    Claim("unlabelled-kd", "kd_unlabelled/*", "kd/*@extra", _answered(
+        helps="that is more than distillation from {b} on the labelled images alone gives in as many steps"
               "{little} {numbers}.",
-        hurts="that is less than distillation from {b} on the labelled images gives at the report's budget"
+        hurts="that is less than distillation from {b} on the labelled images alone gives in as many steps"
               "{little} {numbers}.",
-        equivalent="against distillation from {b} on the labelled images, at the report's budget, there is no "
+        equivalent="against distillation from {b} on the labelled images alone, in as many steps, there is no "
                    "difference larger than a point {numbers}.",
-        not_separable="these seeds cannot tell it from distillation from {b} on the labelled images at the report's "
-                      "budget {numbers}.",
-        too_few_seeds="there are too few seeds to tell it from distillation from {b} on the labelled images at the "
-                      "report's budget {numbers}."), "unlabelled"),
+        not_separable="these seeds cannot tell it from distillation from {b} on the labelled images alone, in as many "
+                      "steps {numbers}.",
+        too_few_seeds="there are too few seeds to tell it from distillation from {b} on the labelled images alone, in "
+                      "as many steps {numbers}."), "unlabelled"),
     Claim("all-labels", "scratch_all_labels", "scratch@extra", _answered(
         helps="having all the labels raises the accuracy of the student from scratch{little} {numbers}; distillation "
               "from {c} without them covers {share} of that distance.",

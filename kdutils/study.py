@@ -223,6 +223,10 @@ def _scratch_equal_steps(study: Study) -> Entry:
     return _scratch_long(study)._replace(task="extra")
 
 
+def _kd_equal_steps(study: Study) -> Entry:
+    return _kd_long(study)._replace(task="extra")
+
+
 def _kd_unlabelled(study: Study) -> Entry:
     """The labelled images and the others without labels, for as many steps as the long budget."""
     pool = study.with_rest(labelled=False)
@@ -252,6 +256,7 @@ ENTRIES: dict[str, Callable[[Study], Entry]] = {
     "dist": partial(_other_loss, name="dist", words="DIST"),
     "kd_standardized": partial(_other_loss, name="kd_standardized", words="Standardised logits"),
     "scratch_equal_steps": _scratch_equal_steps,
+    "kd_equal_steps": _kd_equal_steps,
     "kd_unlabelled": _kd_unlabelled,
     "scratch_all_labels": _scratch_all_labels,
 }
@@ -264,7 +269,7 @@ GROUPS = {
     "losses": ("dkd", "dist", "kd_standardized"),
     "earlier": ("scratch_earlier_recipe", "earlier_recipe_longer", "kd_warm_start"),
     "budget": ("scratch_long", "kd_long"),
-    "unlabelled": ("scratch_equal_steps", "kd_unlabelled", "scratch_all_labels"),
+    "unlabelled": ("scratch_equal_steps", "kd_equal_steps", "kd_unlabelled", "scratch_all_labels"),
 }
 
 
