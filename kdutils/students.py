@@ -223,9 +223,11 @@ def fit_arguments(
 
 
 def as_teacher(students: Sequence[StudentRun], dataset: Dataset, settings: Settings) -> Teacher:
-    """Trained students as the teacher of others (Furlanello et al. 2018, arXiv:1805.04770): their logits of every view.
+    """Trained students as the teacher of others (Furlanello et al. 2018, arXiv:1805.04770): `view_logits` float16
+    [N, V, C] of the training images, which are kept with the students.
 
-    The student of a seed learns from the next one's, whose initial weights and order were others, unless there is one.
+    With the seeds 0, 1, ... every student learns from the next one, the last from the first: from other initial weights
+    and another order than its own.
     """
     viewed = make_views(dataset.train.images, **settings.views)
     index = torch.arange(len(dataset.train.labels), device=dataset.train.images.device)
