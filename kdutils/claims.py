@@ -150,8 +150,8 @@ CLAIMS = (
                       "seeds cannot tell {numbers}.",
         too_few_seeds="there are too few seeds to tell the soft labels of {a} from the same labels shuffled within "
                       "each class {numbers}."), "controls"),
-    Claim("shuffled-scratch", "kd_shuffled/*", "scratch",
-          _effect("distillation from the shuffled soft labels of {a}"), "controls"),
+    Claim("shuffled-plain", "kd_shuffled/*", "plain",
+          _effect("against the same student from scratch, distillation from the shuffled soft labels of {a}"), "controls"),
 
     Claim("memory", "kd_out_of_fold/*", "kd/*",
           _compared("distillation from {a} with soft labels of held-out images",

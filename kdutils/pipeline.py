@@ -239,7 +239,7 @@ def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 def _limits(data: Mapping[str, Any], has_standins: bool) -> dict[str, str]:
     """What the report's limitations say of data and weights that are not those of the assignment; else empty."""
-    about_data = f"{data['name']} is not CIFAR-10 itself, and numbers reported for that do not compare with these."
+    about_data = f"{data['name']} is not CIFAR-10 itself, and numbers reported for that are not comparable."
     if "jpeg" in data["name"].lower():
         about_data += " JPEG loses fine detail, of which such small images have little to spare."
     about_weights = (
