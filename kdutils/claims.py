@@ -151,7 +151,8 @@ CLAIMS = (
         too_few_seeds="there are too few seeds to tell the soft labels of {a} from the same labels shuffled within "
                       "each class {numbers}."), "controls"),
     Claim("shuffled-plain", "kd_shuffled/*", "plain",
-          _effect("against the same student from scratch, distillation from the shuffled soft labels of {a}"), "controls"),
+          _effect("against the same student from scratch, distillation from the shuffled soft labels of {a}"),
+          "controls"),
 
     Claim("memory", "kd_out_of_fold/*", "kd/*",
           _compared("distillation from {a} with soft labels of held-out images",
