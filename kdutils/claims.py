@@ -19,6 +19,7 @@ from kdutils.report import signed, teacher_words, trained_part, with_teachers
 from kdutils.results import LONG, at_budget, bootstrap_text, column
 from kdutils.settings import ARCHITECTURES, Settings, UserError
 from kdutils.students import StudentRun
+from kdutils.teachers import Teacher
 
 CORE = "core"  # the group of claims whose arms the four notebooks train; all other groups may be absent
 BOTH = "resnet50+resnet18"
@@ -181,16 +182,26 @@ CLAIMS = (
         too_few_seeds="there are too few seeds to tell distillation from {a} from as many more epochs {numbers}."),
         "earlier"),
 
-    Claim("dkd", "dkd/*", "kd/*",
-          _compared("distillation from {a} by DKD", "that by the loss of Hinton et al."), "losses"),
-    Claim("dist", "dist/*", "kd/*",
-          _compared("distillation from {a} by DIST", "that by the loss of Hinton et al."), "losses"),
-    Claim("standardized", "kd_standardized/*", "kd/*",
-          _compared("distillation from {a} with standardised logits", "that with the logits as they are"), "losses"),
+    Claim("tuned", "kd_tuned/*", "kd/*",
+          _compared("distillation from {a} with the temperature and weight that did best with it", "that with this "
+                    "report's"), "losses"),
+    Claim("tuned-scratch", "kd_tuned/*", "scratch", _effect("so tuned, distillation from {a}"), "losses"),
+    Claim("dkd", "dkd/*", "kd_tuned/*",
+          _compared("distillation from {a} by DKD", "that by the loss of Hinton et al., tuned alike,"), "losses"),
+    Claim("dist", "dist/*", "kd_tuned/*",
+          _compared("distillation from {a} by DIST", "that by the loss of Hinton et al., tuned alike,"), "losses"),
+    Claim("standardized", "kd_standardized/*", "kd_tuned/*",
+          _compared("distillation from {a} with standardised logits", "that with the logits as they are, tuned alike,"),
+          "losses"),
 
     Claim("longer-scratch", "scratch@long", "scratch", _effect("training from scratch for {long} epochs"), "budget"),
     Claim("longer-kd", "kd/*@long", "scratch@long",
           _effect("when both are trained for {long} epochs, distillation from {a}"), "budget"),
+    Claim("longer-two", f"kd_mean_prob/{BOTH}@long", "scratch@long",
+          _effect("when both are trained for {long} epochs, distillation from both teachers"), "budget"),
+    Claim("longer-two-better", f"kd_mean_prob/{BOTH}@long", "kd/better@long",
+          _compared("after {long} epochs, distillation from both teachers", "distillation from the better one, {b},"),
+          "budget"),
     Claim("knowledge-or-epochs", "kd/*", "scratch@long", _answered(
         helps="{epochs} epochs of distillation from {a} are worth more than {long} from scratch{little} {numbers}.",
         hurts="{epochs} epochs of distillation from {a} are worth less than {long} from scratch{little} {numbers}.",
@@ -209,9 +220,9 @@ CLAIMS = (
         too_few_seeds="there are too few seeds to tell whether with {a} the gain changes between {epochs} and {long} "
                       "epochs {numbers}."), "budget"),
 
-    Claim("freeze-resnet50", "last_block/resnet50", "last_layer/resnet50",
+    Claim("freeze-resnet50", "freeze_last_block/resnet50", "freeze_last_layer/resnet50",
           _effect("training ResNet-50's last block, and not its last layer alone,", "its test accuracy"), "freeze"),
-    Claim("freeze-resnet18", "last_block/resnet18", "last_layer/resnet18",
+    Claim("freeze-resnet18", "freeze_last_block/resnet18", "freeze_last_layer/resnet18",
           _effect("training ResNet-18's last block, and not its last layer alone,", "its test accuracy"), "freeze"),
 
     Claim("unlabelled", "kd_unlabelled/*", "scratch@extra",
@@ -244,7 +255,7 @@ PRIMARY = {  # the claims that are tests, whatever comes out, and how a table ca
     "kd-resnet50": "one teacher, ResNet-50 − from scratch",
     "two-teachers": "two teachers − from scratch",
     "two-better": "two teachers − the better one, {b}",
-    "beyond-smoothing": "the better one, {a} − label smoothing",
+    "beyond-smoothing": "the better one, {a} − {smoothed}",
 }
 STUDY = ("controls", "memory", "self", "earlier", "losses", "budget")  # the groups of the report's section on controls
 
@@ -273,12 +284,16 @@ def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[s
     return values | {"better/words": teacher_words(rows.roles["better"])}
 
 
-def primary_table(arms: Iterable[Sequence[StudentRun]], dataset: Dataset, settings: Settings) -> pd.DataFrame:
-    """The primary comparisons, a line each: difference of test accuracy in points, its 95 % intervals over seeds and
-    over test images, the p-value of the paired t-test and that after Holm's correction.
+def primary_table(
+    arms: Iterable[Sequence[StudentRun]], dataset: Dataset, settings: Settings, teachers: Sequence[Teacher]
+) -> pd.DataFrame:
+    """The primary comparisons, a line each: difference of test accuracy in points, its 95 % intervals over seeds, over
+    the teachers' runs (`metrics.clustered_difference`: students of one run count as one) and over test images, the
+    p-value of the paired t-test over seeds and that after Holm's correction.
 
     arms: the trained students, all seeds of each, the core's at least. Raises `UserError` for one that is missing.
     """
+    runs_of_teachers = min(len(teacher.runs) for teacher in teachers)
     trained = {"/".join(filter(None, (runs[0].arm, "+".join(runs[0].teachers)))): runs for runs in arms}
     rows = _Rows(pd.DataFrame([
         {"task": "4", "arm": run.arm, "teachers": "+".join(run.teachers), "epochs": settings.epochs, "seed": run.seed,
@@ -290,14 +305,25 @@ def primary_table(arms: Iterable[Sequence[StudentRun]], dataset: Dataset, settin
     for claim, adjusted in zip(_primary(rows), _adjusted(rows).values()):
         a, b = (rows.by_seed(side, claim) for side in (claim.a, claim.b))
         found, runs = compare(a, b), [trained[rows.resolved(side)] for side in (claim.a, claim.b)]
-        words = PRIMARY[claim.name].format(a=_taught_by(claim.a, rows), b=_taught_by(claim.b, rows))
+        seeds = [seed for seed in a if seed in b]
+        by_run = metrics.clustered_difference(
+            [a[seed] for seed in seeds], [b[seed] for seed in seeds], [seed % runs_of_teachers for seed in seeds]
+        )
+        words = PRIMARY[claim.name].format(
+            a=_taught_by(claim.a, rows), b=_taught_by(claim.b, rows),
+            smoothed="from scratch (label smoothing)" if rows.smoothing else "label smoothing",
+        )  # fmt: skip
         lines.append({
             "Comparison": words[:1].upper() + words[1:], "Difference": signed(found.mean),
-            "Over seeds": f"[{signed(found.low)}, {signed(found.high)}]" if found.n > 1 else "–",
+            "Over seeds": _interval(found), "Over teachers' runs": _interval(by_run),
             "Over images": bootstrap_text(runs[0], runs[1], dataset), "n": found.n,
             "p": _probability(_p_value(claim, rows)), "p (Holm)": _probability(adjusted),
         })  # fmt: skip
     return pd.DataFrame(lines)
+
+
+def _interval(difference: Difference) -> str:
+    return f"[{signed(difference.low)}, {signed(difference.high)}]" if difference.n > 1 else "–"
 
 
 def _primary(rows: _Rows) -> list[Claim]:
@@ -430,12 +456,13 @@ def _sentence(claim: Claim, rows: _Rows, taught_by: str, adjusted: float) -> str
     values = [rows.by_seed(side, claim) for side in (a, b)]
     try:
         found = compare(*values)
-        outcome = metrics.outcome(_flipped(found) if measure.lower_is_better else found, measure.margin)
+        outcome = metrics.outcome(_flipped(found) if measure.lower_is_better else found, measure.margin, adjusted)
     except ValueError as error:
         raise UserError(f"claim {claim.name}: no wording fits ({error}); look at {a} and {b} in results.csv") from error
+    shown = math.nan if outcome == "equivalent" else adjusted  # a p-value is about a difference from zero
     words = {
         "a": _taught_by(a, rows), "b": _taught_by(b, rows), "c": _taught_by(share, rows) if share else "",
-        "numbers": f"({_numbers(found, measure, adjusted)})", "epochs": rows.epochs, "long": rows.long,
+        "numbers": f"({_numbers(found, measure, shown)})", "epochs": rows.epochs, "long": rows.long,
         "little": ", by less than a point" if _is_little(found, measure.margin) else "",
         "share": _share(share, values, claim, rows) if share else "",
     }  # fmt: skip

@@ -222,6 +222,16 @@ def paired_difference(a, b, confidence=0.95):
     return mean_interval([x - y for x, y in zip(a, b)], confidence)
 
 
+def clustered_difference(a, b, clusters, confidence=0.95):
+    """`paired_difference` of the means of clusters: values with the same entry in `clusters`, such as those of students
+    that share a teacher's run, count as one. What its runs of a teacher have in common is then not taken for chance."""
+    a, b, clusters = list(a), list(b), list(clusters)
+    if not len(a) == len(b) == len(clusters):
+        raise ValueError(f"a cluster for each pair of values is needed, not {len(a)}, {len(b)} and {len(clusters)}")
+    members = [[i for i, other in enumerate(clusters) if other == cluster] for cluster in dict.fromkeys(clusters)]
+    return mean_interval([math.fsum(a[i] - b[i] for i in of) / len(of) for of in members], confidence)
+
+
 def paired_p_value(a, b):
     """Two-sided p-value of Student's paired t-test: how probable differences so far from zero would be if there
     were none, from 0 to 1; nan for a single seed. It is below 0.05 when the 95 % interval excludes zero."""
@@ -293,19 +303,18 @@ def per_class_difference(right_a, right_b, labels, classes):
 OUTCOMES = ("helps", "hurts", "equivalent", "not separable", "too few seeds")
 
 
-def outcome(difference, margin):
-    """What a `Difference` lets one say, one of `OUTCOMES`: "helps" or "hurts" when its interval excludes zero; else
-    "equivalent" when the interval lies within [-margin, margin], "not separable" when it does not; "too few seeds"
-    without an interval. Raises ValueError for a difference that is not a number."""
+def outcome(difference, margin, p_value=math.nan):
+    """What a `Difference` lets one say, one of `OUTCOMES`: "helps" or "hurts" when its interval excludes zero and its
+    p-value, after correction for several comparisons, is below 0.05 (nan: there is none to heed); else "equivalent"
+    when the interval lies within [-margin, margin], "not separable" when it does not; "too few seeds" without an
+    interval. Raises ValueError for a difference that is not a number."""
     mean, low, high, n = difference
     if math.isnan(mean) or (n > 1 and not low <= high):
         raise ValueError(f"a difference of {mean} with the interval {low} to {high}")
     if n < 2:
         return "too few seeds"
-    if low > 0:
-        return "helps"
-    if high < 0:
-        return "hurts"
+    if (low > 0 or high < 0) and not p_value >= 0.05:
+        return "helps" if low > 0 else "hurts"
     return "equivalent" if -margin <= low and high <= margin else "not separable"
 
 

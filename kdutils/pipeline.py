@@ -33,6 +33,7 @@ from kdutils.settings import (
     logits_file,
     shown_path,
 )
+from kdutils.study import FREEZE, tuned_words
 from kdutils.teachers import check_space, check_weights, save_logits
 
 TRAINED_PARTS = ("last_layer", "last_block", "all")  # the arms that are ResNets: not paired with students
@@ -228,8 +229,9 @@ def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
     standins = [
         f"{report.WORDS[arch]}: {facts['description']}" for arch, facts in weights.items() if facts["is_standin"]
     ]
-    about_weights = f"Stand-in weights in place of ImageNet's. {'; '.join(standins)}." if standins else ""
-    words = {"notice/data": about_data, "notice/weights": about_weights}
+    about_weights = "Stand-in weights in place of ImageNet's: pre-trained on other, fewer images." if standins else ""
+    words = {"notice/data": about_data, "notice/weights": about_weights, "words/standins": "; ".join(standins)}
+    words["words/tuned"] = tuned_words()
     words |= _limits(data, any(facts["is_standin"] for facts in weights.values()))
     words["student/parameters"] = f"{parameter_count(SmallCNN()):,}"
     views = {facts["views_trained"] for facts in weights.values()}
@@ -255,7 +257,8 @@ def readme_note(provenance: Mapping[str, Any]) -> str:
     data, words = provenance["data"], report_words(provenance)
     sizes = f"{data['name']}: {data['train']:,} training, {data['val']:,} validation, {data['test']:,} test images"
     measured = f"Mean ± standard deviation over seeds, last epoch. {sizes}."
-    lines = [measured, words["notice/data"], words["notice/weights"]]
+    standins = f"{words['words/standins']}." if words["words/standins"] else ""
+    lines = [measured, words["notice/data"], words["notice/weights"], standins]
     return " ".join(line for line in lines if line) + f"\n\nMade by `{provenance['command']}`."
 
 
@@ -292,7 +295,7 @@ def run_tables(folder: Path) -> dict[str, pd.DataFrame]:
         spreads = {title: values.get(f"{arm}/{teachers}/{key}/pm", "–") for title, key in parts.items()}
         by_part.append(named | spreads)
         pair = by_seed.get((arm, teachers), {}), by_seed.get(("scratch", ""), {})
-        if pair[0].keys() & pair[1].keys() and arm not in TRAINED_PARTS and pair[0] is not pair[1]:
+        if pair[0].keys() & pair[1].keys() and arm.removeprefix(FREEZE) not in TRAINED_PARTS and pair[0] is not pair[1]:
             mean, low, high, n = compare(*pair)
             interval = f"{report.signed(low)} to {report.signed(high)}" if n > 1 else "one seed"
             differences.append(named | {"Points": report.signed(mean), "95 % interval": interval})

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from kdutils.results import LONG, at_budget
 from kdutils.runs import write_atomically, write_text
-from kdutils.settings import ARCHITECTURES, ROOT, UserError, shown_path
+from kdutils.settings import ARCHITECTURES, ROOT, UserError, counted, shown_path
 
 if TYPE_CHECKING:
     import nbformat
@@ -63,11 +63,14 @@ ARMS = {
     "kd_shuffled": "student distilled, soft labels shuffled within classes",
     "kd_out_of_fold": "student distilled, soft labels of held-out images",
     "kd_self": "student distilled from one of its own kind",
+    "kd_tuned": "student distilled, temperature and weight tuned for its teacher",
     "dkd": "student distilled, DKD", "dist": "student distilled, DIST",
     "kd_standardized": "student distilled, logits standardised",
     "kd_unlabelled": "student distilled, unlabelled images too",
     "scratch_all_labels": "student from scratch, all labels",
     "last_layer": "last layer fine-tuned", "last_block": "last block and last layer fine-tuned",
+    "freeze_last_layer": "last layer fine-tuned, on two views",
+    "freeze_last_block": "last block and last layer fine-tuned, on two views",
     "all": "whole network trained",
 }  # fmt: skip
 _SPECIAL = {character: f"\\{character}" for character in "{}$&%#_"} | {
@@ -99,6 +102,7 @@ def tex(text: Any) -> str:
     """Any text as LaTeX that prints that text; what pdfLaTeX has no glyph for appears as its code point."""
     text = unicodedata.normalize("NFC", " ".join(str(text).split()))
     text = "".join(_SPECIAL.get(character, character) for character in text).replace("--", "-{}-")
+    text = re.sub(r"\b([A-Za-z]) = (?=\d)", r"\1~=~", text)  # n = 5 stays on one line
     return re.sub(r"[^\x20-\x7e]", _beyond_ascii, text).replace(" ± ", "~±~").replace(r" \%", r"~\%")
 
 
@@ -310,7 +314,8 @@ def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[
 
     - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}`, at the report's budget; `long/...` and `extra/...` at
       the others (see `at_budget`); the teachers of tasks 3 and 4 also as `teacher/<arch>/...`
-    - `gap/<arch>`: test accuracy of a teacher minus that of the student from scratch, in points, of means
+    - `gap/<arch>`: test accuracy of a teacher minus that of the student from scratch, in points, of means;
+      `covered/<arch>`: which per cent of it the student distilled from that teacher has, if the teacher is better
     - `best/{words,pm}`: the student of the highest mean test accuracy at the report's budget
     - `settings/...` and all else in the provenance, by its path; `words/...`: counts with their nouns
     """
@@ -319,7 +324,7 @@ def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[
     for which in ("", LONG, "extra"):
         rows = at_budget(results, which, settings.get("epochs"))
         if which == LONG and len(rows):
-            values["words/long_epochs"] = _count(int(rows.epochs.iloc[0]), "epoch")
+            values["words/long_epochs"] = counted(int(rows.epochs.iloc[0]), "epoch")
         values |= _row_values(with_teachers(rows, settings), which)
     main = at_budget(results, "", settings.get("epochs"))
     accuracy = main[(main.split == "test") & (main.metric == "accuracy") & ~main.task.isin(("2", "extra"))]
@@ -332,6 +337,9 @@ def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[
     if ("scratch", "") in arms:
         gaps = 100 * (teachers.groupby("teachers").value.mean() - arms["scratch", ""].mean())
         values |= {f"gap/{arch}": signed(points) for arch, points in gaps.items()}
+        gains = {arch: 100 * (arms["kd", arch].mean() - arms["scratch", ""].mean()) for arch in gaps.index
+                 if ("kd", arch) in arms and gaps[arch] > 0}  # fmt: skip
+        values |= {f"covered/{arch}": signed(100 * gain / gaps[arch], 0) for arch, gain in gains.items()}
     return values
 
 
@@ -352,7 +360,7 @@ def _row_values(rows: pd.DataFrame, which: str) -> dict[str, str]:
     values: dict[str, str] = {}
     keys: Any  # texts: pandas-stubs says Hashable
     for keys, group in rows.groupby(["arm", "teachers", "split", "metric"]):
-        per_cent = "accuracy" in keys[-1] or keys[-1].startswith("agreement")
+        per_cent = "accuracy" in keys[-1] or keys[-1].startswith(("agreement", "ece"))
         path = "/".join([which, *keys] if which else keys)
         values |= {f"{path}/{name}": text for name, text in _spread(group.value, per_cent).items()}
     return values
@@ -365,7 +373,7 @@ def _normal(results: pd.DataFrame) -> pd.DataFrame:
 def _spread(column: pd.Series, per_cent: bool) -> dict[str, str]:
     scale, decimals = (100, 2) if per_cent else (1, 3)
     mean, sd, n = scale * column.mean(), scale * column.std(), len(column)
-    known = {"mean": f"{mean:.{decimals}f}", "n": str(n), "seeds": _count(n, "seed")}
+    known = {"mean": f"{mean:.{decimals}f}", "n": str(n), "seeds": counted(n, "seed")}
     if math.isnan(sd):
         return known | {"sd": "unknown", "pm": known["mean"]}
     return known | {"sd": f"{sd:.{decimals}f}", "pm": f"{mean:.{decimals}f} ± {sd:.{decimals}f}"}
@@ -374,10 +382,6 @@ def _spread(column: pd.Series, per_cent: bool) -> dict[str, str]:
 def signed(number: float, decimals: int = 2) -> str:
     """A difference as text, always with its sign."""
     return f"{round(number, decimals) + 0.0:+.{decimals}f}".replace("-", "−")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, str]:
@@ -403,13 +407,13 @@ def _setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
     words = {}
     for name in ("epochs", "resnet50_epochs", "resnet18_epochs"):
         if name in settings:
-            words[f"words/{name}"] = _count(settings[name], "epoch")
+            words[f"words/{name}"] = counted(settings[name], "epoch")
     for name in ("seeds", "teacher_seeds"):
         if name in settings:
-            words[f"words/{name}"] = _count(len(settings[name]), "seed")
+            words[f"words/{name}"] = counted(len(settings[name]), "seed")
     if {"max_shift", "shift_step"} <= settings.keys():
         shifts = 2 * settings["max_shift"] // settings["shift_step"] + 1
-        words["words/views"] = _count(2 * shifts**2, "view")
+        words["words/views"] = counted(2 * shifts**2, "view")
     for arch in ARCHITECTURES:
         if f"{arch}_trainable" in settings:
             words[f"{arch}/trainable-words"] = WORDS[trained_part(arch, settings)]
@@ -450,7 +454,8 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
             **{name.capitalize(): _value(value) for name, value in zip(varying, keys[3:], strict=True)},
             "Test accuracy (%)": accuracy["pm"],
             "Seeds": accuracy["n"],
-            **{name.upper(): _spread(by[name], False)["mean"] for name in ("nll", "ece") if name in by},
+            **({"NLL": _spread(by["nll"], False)["mean"]} if "nll" in by else {}),
+            **({"ECE (%)": f"{100 * by['ece'].mean():.1f}"} if "ece" in by else {}),
         })  # fmt: skip
     return pd.DataFrame(rows).sort_values("Task", kind="stable", ignore_index=True)
 

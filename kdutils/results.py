@@ -46,22 +46,52 @@ def student_rows(
     for run, flipped in zip(runs, flip_column(runs, dataset, settings), strict=True):
         found = scores(run, dataset) | {("test", "accuracy_flip"): flipped}
         for teacher in teachers:
-            pair = run.logits["test"], teacher.run_for(run.seed).logits["test"]
-            split = metrics.agreement_by_teacher(*pair, dataset.test.labels)
-            found["test", f"agreement_{teacher.arch}"] = metrics.agreement(*pair)
-            found |= {("test", f"agreement_{teacher.arch}_{part}"): share for part, share in split.items()}
-            found["test", f"kl_{teacher.arch}"] = metrics.fidelity(*pair)
+            follows = _follows(run, teacher, dataset)
+            found["test", f"kl_{teacher.arch}"] = follows.pop("kl")
+            names = {part: "_".join(["agreement", teacher.arch, *part.split()]) for part in follows}
+            found |= {("test", names[part].removesuffix("_all_images")): share for part, share in follows.items()}
         rows += _rows(task, run.arm, run.teachers, settings.epochs, run.seed, found, settings)
     return rows
 
 
-def teacher_rows(task: int, teacher: Teacher, dataset: Dataset, settings: Settings) -> list[dict]:
-    """Tidy rows of one fine-tuned ResNet, all teacher seeds; the arm is what was trained of it."""
-    epochs = settings.of_teacher(teacher.arch, "epochs")
+def _follows(run: StudentRun, teacher: Teacher, dataset: Dataset) -> dict[str, float]:
+    """How a student follows a teacher on the test images: agreement on "all images", those where "teacher right" and
+    those where "teacher wrong"; "kl", from the teacher, in nats."""
+    pair = run.logits["test"], teacher.run_for(run.seed).logits["test"]
+    parts = metrics.agreement_by_teacher(*pair, dataset.test.labels)
+    split = {part.replace("_", " "): share for part, share in parts.items()}
+    return {"all images": metrics.agreement(*pair), **split, "kl": metrics.fidelity(*pair)}
+
+
+def following(
+    entries: Mapping[str, Sequence[StudentRun]], teachers: Mapping[str, Teacher], dataset: Dataset
+) -> pd.DataFrame:
+    """How students follow teachers on the test images, whoever taught them: a line each, mean ± sd over seeds.
+
+    Columns: Student, Teacher (the keys of both mappings), the share of images with the same prediction, of all and of
+    those that the teacher classifies right and wrong (`metrics.agreement`), and the divergence (`metrics.fidelity`).
+    """
+    lines = []
+    for student, runs in entries.items():
+        for name, teacher in teachers.items():
+            found = pd.DataFrame([_follows(run, teacher, dataset) for run in runs])
+            parts = {"Same prediction (%)": "all images", "Teacher right (%)": "teacher right",
+                     "Teacher wrong (%)": "teacher wrong"}  # fmt: skip
+            shares = {
+                title: spread(found[part], percent=True) if found[part].notna().all() else "–"
+                for title, part in parts.items()
+            }
+            lines.append({"Student": student, "Teacher": name, **shares, "KL (nats)": spread(found["kl"])})
+    return pd.DataFrame(lines)
+
+
+def teacher_rows(task: int, teacher: Teacher, dataset: Dataset, settings: Settings, prefix: str = "") -> list[dict]:
+    """Tidy rows of one fine-tuned ResNet, all teacher seeds; the arm is what was trained of it, after the prefix."""
+    arm, epochs = prefix + teacher.trainable, settings.of_teacher(teacher.arch, "epochs")
     return [
         row
         for run in teacher.runs
-        for row in _rows(task, teacher.trainable, (teacher.arch,), epochs, run.seed, scores(run, dataset), settings)
+        for row in _rows(task, arm, (teacher.arch,), epochs, run.seed, scores(run, dataset), settings)
     ]
 
 
@@ -125,7 +155,7 @@ def comparison(
             "Validation (%)": spread(column(runs, dataset, "val", "accuracy"), percent=True),
             "Test (%)": spread(column(runs, dataset, "test", "accuracy"), percent=True),
             "NLL": f"{metrics.mean_sd(column(runs, dataset, 'test', 'nll'))[0]:.3f}",
-            "ECE": f"{metrics.mean_sd(column(runs, dataset, 'test', 'ece'))[0]:.3f}",
+            "ECE (%)": f"{100 * metrics.mean_sd(column(runs, dataset, 'test', 'ece'))[0]:.1f}",
             "Seeds": len(runs),
         }
         if baseline is not None:

@@ -225,6 +225,11 @@ def _normal_path(text: str) -> str:
     return shown_path(os.path.normpath(project_path(text.strip())))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 seed, 5 seeds."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def shown_path(path: str | Path) -> str:
     """A path for messages and provenance: relative to the project's folder when it lies inside it."""
     path = Path(path)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -33,12 +33,17 @@ EARLIER_RECIPE: dict[str, Any] = {
 }  # fmt: skip
 EARLIER_TEMPERATURE, EARLIER_ALPHA = 4.0, 0.8
 DRAWS = 15  # random draws of the earlier submission's augmentation that are kept of every image
-# the best of nine trials each on validation images (report/sweeps/cifar10-standin)
+# the best of twelve trials each on validation images (report/sweeps/cifar10-standin)
+TUNED: dict[str, dict[str, Any]] = {  # the loss of Hinton et al., by teacher
+    "resnet50": {"temperature": 2.0, "alpha": 0.25},
+    "resnet18": {"temperature": 8.0, "alpha": 0.25},
+}
 OTHER_LOSSES: dict[str, dict[str, Any]] = {
     "dkd": {"temperature": 2.0, "alpha": 0.25},
     "dist": {"temperature": 4.0, "alpha": 0.75},
     "kd_standardized": {"temperature": 2.0, "alpha": 0.5},
 }
+FREEZE = "freeze_"  # begins the names of the arms of `Study.parts` in results.csv
 UNLABELLED_VIEWS = {"max_shift": 0, "shift_step": 1}  # an image and its mirror image
 
 
@@ -81,6 +86,10 @@ class Study:
             return sum(accuracy(run.logits["val"], self.dataset.val.labels) for run in teacher.runs) / len(teacher.runs)
 
         return max(self.teachers, key=on_validation)
+
+    @property
+    def other_teacher(self) -> Teacher:
+        return next(teacher for teacher in self.teachers if teacher is not self.teacher)
 
     @property
     def scratch(self) -> Arm:
@@ -127,16 +136,20 @@ class Study:
     def long(self) -> Settings:
         return dataclasses.replace(self.settings, epochs=LONG)
 
-    def other_part(self, arch: str) -> Teacher:
-        """A ResNet with the other part trained: the last block and layer instead of the last layer, or vice versa, by
-        the recipe of the ResNet whose part that is. It teaches nobody: an image and its mirror image are its views.
-        """
-        return fine_tune(arch, self.dataset, self.settings_of_other_part(arch))
+    def parts(self) -> list[tuple[Teacher, Settings]]:
+        """Each ResNet with its last layer trained, and with its last block and last layer, and the settings for it.
 
-    def settings_of_other_part(self, arch: str) -> Settings:
-        other = {"resnet50": "resnet18", "resnet18": "resnet50"}[arch]
+        All on the same two views, an image and its mirror image, each part by the recipe of the ResNet whose part it
+        is in the settings. They teach nobody.
+        """
+        archs = [teacher.arch for teacher in self.teachers]
+        pairs = [(arch, self.settings_of_part(arch, like)) for arch in archs for like in archs]
+        return [(fine_tune(arch, self.dataset, settings), settings) for arch, settings in pairs]
+
+    def settings_of_part(self, arch: str, like: str) -> Settings:
+        """Settings by which a ResNet has the part trained, and in the way, that the ResNet `like` has."""
         names = ("trainable", "epochs", "learning_rate", "weight_decay", "last_layer_factor", "standardize")
-        changes = {f"{arch}_{name}": self.settings.of_teacher(other, name) for name in names}
+        changes = {f"{arch}_{name}": self.settings.of_teacher(like, name) for name in names}
         return dataclasses.replace(self.settings, max_shift=0, shift_step=1, **changes)
 
     def train(self, entry: Entry, seeds: Sequence[int] | None = None) -> list[StudentRun]:
@@ -194,8 +207,13 @@ def _kd_warm_start(study: Study) -> Entry:
     return Entry("3", "The earlier recipe, then distilled", arm, study.earlier_settings, study.earlier)
 
 
-def _kd_long(study: Study) -> Entry:
-    return Entry("3", "Distilled", Arm("kd", study.distil, (study.teacher,)), study.long)
+def _kd_long(study: Study, other: bool = False) -> Entry:
+    teacher = study.other_teacher if other else study.teacher
+    return Entry("3", f"Distilled from {name_of(teacher)}", Arm("kd", study.distil, (teacher,)), study.long)
+
+
+def _two_long(study: Study) -> Entry:
+    return Entry("4", "Distilled from both", named_arm("kd", study.settings, study.teachers), study.long)
 
 
 def _kd_shuffled(study: Study) -> Entry:
@@ -211,6 +229,14 @@ def _kd_out_of_fold(study: Study) -> Entry:
 def _kd_self(study: Study) -> Entry:
     arm = Arm("kd_self", study.distil, (study.students_as_teacher,))
     return Entry("3", "Distilled from another student", arm, study.settings)
+
+
+def _kd_tuned(study: Study, other: bool = False) -> Entry:
+    """With the temperature and weight that did best with this very teacher."""
+    teacher = study.other_teacher if other else study.teacher
+    loss = LOSSES["kd"](dataclasses.replace(study.settings, **TUNED[teacher.arch]))
+    words = f"Distilled from {name_of(teacher)}, tuned for it"
+    return Entry("3", words, Arm("kd_tuned", loss, (teacher,)), study.settings)
 
 
 def _other_loss(study: Study, name: str, words: str) -> Entry:
@@ -249,9 +275,13 @@ ENTRIES: dict[str, Callable[[Study], Entry]] = {
     "earlier_recipe_longer": _earlier_recipe_longer,
     "kd_warm_start": _kd_warm_start,
     "kd_long": _kd_long,
+    "kd_long_other": partial(_kd_long, other=True),
+    "two_long": _two_long,
     "kd_shuffled": _kd_shuffled,
     "kd_out_of_fold": _kd_out_of_fold,
     "kd_self": _kd_self,
+    "kd_tuned": _kd_tuned,
+    "kd_tuned_other": partial(_kd_tuned, other=True),
     "dkd": partial(_other_loss, name="dkd", words="DKD"),
     "dist": partial(_other_loss, name="dist", words="DIST"),
     "kd_standardized": partial(_other_loss, name="kd_standardized", words="Standardised logits"),
@@ -262,15 +292,30 @@ ENTRIES: dict[str, Callable[[Study], Entry]] = {
 }
 
 GROUPS = {
-    "freeze": (),  # ResNets alone: `Study.other_part`
+    "freeze": (),  # ResNets alone: `Study.parts`
     "controls": ("no_label_smoothing", "kd_shuffled"),
     "memory": ("kd_out_of_fold",),
     "self": ("kd_self",),
-    "losses": ("dkd", "dist", "kd_standardized"),
+    "losses": ("kd_tuned", "kd_tuned_other", "dkd", "dist", "kd_standardized"),
     "earlier": ("scratch_earlier_recipe", "earlier_recipe_longer", "kd_warm_start"),
-    "budget": ("scratch_long", "kd_long"),
+    "budget": ("scratch_long", "kd_long", "kd_long_other", "two_long"),
     "unlabelled": ("scratch_equal_steps", "kd_equal_steps", "kd_unlabelled", "scratch_all_labels"),
 }
+
+
+def tuned_words() -> str:
+    """With which temperature and weight (and constants of its own) each loss of the group `losses` is used."""
+    texts = {f"with {WORDS[arch]}": values for arch, values in TUNED.items()}
+    for name, values in OTHER_LOSSES.items():
+        constants = cast(partial, LOSSES[name](load_settings("cifar10"))).keywords
+        greek = {"alpha": "α", "beta": "β", "gamma": "γ"}
+        own = ", ".join(
+            f"{greek[key.removeprefix(f'{name}_')]} = {value:g}"
+            for key, value in constants.items() if key.startswith(f"{name}_")
+        )  # fmt: skip
+        words = {"dkd": "DKD", "dist": "DIST", "kd_standardized": "standardised logits"}[name]
+        texts[f"{words} (its own {own})" if own else words] = values
+    return "; ".join(f"{of} T = {values['temperature']:g}, α = {values['alpha']:g}" for of, values in texts.items())
 
 
 @lru_cache(maxsize=1)
@@ -308,10 +353,9 @@ def run_study(profile: str, parameters: Mapping[str, Any], workers: int = 1, sch
     if not groups:
         raise UserError(f"study: no group is named; give -p study '[\"controls\"]', of {', '.join(STUDY_GROUPS)}")
     # what several jobs need is made here once
-    teachers = study.teachers
+    _ = study.teachers
     if "freeze" in groups:
-        for teacher in teachers:
-            study.other_part(teacher.arch)
+        study.parts()
     if "memory" in groups:
         out_of_fold(study.teacher, study.dataset, study.settings)
     if "self" in groups:

@@ -23,6 +23,7 @@ from kdutils.settings import (
     apply_threads,
     check_names,
     checked,
+    counted,
     load_settings,
     read_yaml,
     shown_path,
@@ -60,11 +61,11 @@ class Sweep:
     def caption(self) -> str:
         """What its table (`sweep_table`) shows."""
         over = f"{len(self.folds)} folds of the labelled images and " if len(self.folds) > 1 else ""
+        over += counted(len(self.seeds), "seed")
         guide = " (a guide: the folds share training images)" if len(self.folds) > 1 else ""
         return (
-            f"{self.title}: accuracy on validation images, mean ± standard deviation over {over}{len(self.seeds)} "
-            "seed(s); paired difference to the baseline in points, with its 95 % confidence "
-            f"interval{guide}. Baseline: {self.baseline}."
+            f"{self.title}: accuracy on validation images, mean ± standard deviation over {over}; paired difference "
+            f"to the baseline in points, with its 95 % confidence interval{guide}. Baseline: {self.baseline}."
         )
 
 
@@ -268,15 +269,21 @@ def settings_of_trials(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def sweep_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """One line a trial: validation accuracy (mean ± sd over folds and seeds) and the paired difference to the first."""
+    """One line a trial: validation accuracy (mean ± sd over folds and seeds) and the paired difference to the first.
+
+    A trial that has the first one's settings is not shown again; intervals of fewer than three runs say nothing and are
+    left out.
+    """
     lines = []
     groups = {trial: group for trial, group in frame.groupby("trial", sort=False)}
     first = next(iter(groups.values()))
     for trial, group in groups.items():
+        if group is not first and _runs_of(group).equals(_runs_of(first)):
+            continue
         accuracy, several = list(100 * group.val_accuracy), len(group) > 1
         mean, deviation = mean_sd(accuracy)
         found = paired_difference(accuracy, list(100 * first.val_accuracy))
-        interval = f" [{found.low:+.2f}, {found.high:+.2f}]" if several else ""
+        interval = f" [{found.low:+.2f}, {found.high:+.2f}]" if found.n > 2 else ""
         lines.append({
             "Trial": trial, "Validation (%)": f"{mean:.2f}" + (f" ± {deviation:.2f}" if several else ""),
             "Difference": "–" if group is first else f"{found.mean:+.2f}{interval}".replace("-", "−"),
@@ -284,6 +291,10 @@ def sweep_table(frame: pd.DataFrame) -> pd.DataFrame:
             "Views": group.views.iloc[0], "Epochs": group.epochs.iloc[0], "n": len(group),
         })  # fmt: skip
     return pd.DataFrame(lines)
+
+
+def _runs_of(group: pd.DataFrame) -> pd.DataFrame:
+    return group.drop(columns="trial").reset_index(drop=True)
 
 
 def committed_sweeps(

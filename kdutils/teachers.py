@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,22 @@ def out_of_fold(teacher: Teacher, dataset: Dataset, settings: Settings, folds: i
         )
         for i, run in enumerate(teacher.runs)
     ])  # fmt: skip
+
+
+def as_one(teachers: Sequence[Teacher], combine: Callable[[list[Tensor]], Tensor]) -> list[TeacherRun]:
+    """Several teachers as one classifier: run by run, the logits of train, val and test that `combine` makes of theirs.
+
+    combine: as `losses.combine_teachers` with a rule and temperature 1. There are as many runs as the teacher with the
+    fewest has. They are there to be scored, and cannot teach: `view_logits` is empty.
+    """
+    return [
+        dataclasses.replace(
+            runs[0], arch="+".join(run.arch for run in runs), view_logits=runs[0].view_logits[:0], seconds=0.0,
+            logits={part: combine([run.logits[part] for run in runs]) for part in runs[0].logits},
+            fingerprint=fingerprint({"what": "as one", "runs": [run.fingerprint for run in runs]}),
+        )
+        for runs in zip(*(teacher.runs for teacher in teachers))
+    ]  # fmt: skip
 
 
 def _labelled(taught: "FineTuning", asked: "FineTuning") -> tuple[dict[str, Tensor], dict]:

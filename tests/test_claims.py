@@ -1,11 +1,13 @@
 """kdutils.claims: the results choose what the report says, whatever they are."""
 
+import dataclasses
 import re
 
 import pandas as pd
 import pytest
 import torch
 from conftest import message_of
+from test_students import fake_teacher
 
 from kdutils import claims
 from kdutils.claims import CLAIMS, CORE, PRIMARY, claim_values, primary_table
@@ -31,8 +33,11 @@ STUDY_ARMS = {
     ("3", "scratch_earlier_recipe", "", 30): 0.62, ("3", "earlier_recipe_longer", "", 60): 0.65,
     ("3", "kd_warm_start", "resnet50", 60): 0.66,
     ("3", "dkd", "resnet18", 30): 0.75, ("3", "dist", "resnet18", 30): 0.75, ("3", "kd_standardized", "resnet18", 30): 0.75,
+    ("3", "kd_tuned", "resnet50", 30): 0.73, ("3", "kd_tuned", "resnet18", 30): 0.74,
     ("1", "scratch", "", 100): 0.72, ("3", "kd", "resnet18", 100): 0.76, ("3", "kd", "resnet50", 100): 0.75,
-    ("2", "last_block", "resnet50", 20): 0.83, ("2", "last_layer", "resnet18", 20): 0.78,
+    ("4", "kd_mean_prob", BOTH, 100): 0.77,
+    ("2", "freeze_last_block", "resnet50", 10): 0.83, ("2", "freeze_last_layer", "resnet50", 20): 0.80,
+    ("2", "freeze_last_block", "resnet18", 10): 0.82, ("2", "freeze_last_layer", "resnet18", 20): 0.78,
     ("extra", "kd_unlabelled", "resnet18", 30): 0.76, ("extra", "scratch_all_labels", "", 30): 0.80,
     ("extra", "scratch", "", 100): 0.72, ("extra", "kd", "resnet18", 100): 0.74,
 }  # fmt: skip
@@ -95,7 +100,7 @@ def test_the_sentence_follows_its_difference(monkeypatch, claim, by, expected):
         (teachers,) = flat[flat.arm == arm].teachers.unique()  # the arm of which only this teacher's was run
     epochs = {"long": 100, "extra": None}.get(at, None)
     chosen = (flat.arm == arm) & (flat.teachers == teachers) & (flat.split == "test") & (flat.metric == claim.metric)
-    if arm in ("scratch", "kd"):
+    if arm in ("scratch", "kd", "kd_mean_prob"):
         chosen &= (flat.epochs == (epochs or 30)) & (flat.task != "extra")
     assert chosen.sum() == len(by)
     sign = -1 if claim.metric in ("nll", "ece") else 1
@@ -160,7 +165,11 @@ def test_a_missing_arm_of_the_core_is_named_with_its_claim(arm):
 @pytest.mark.parametrize("key", STUDY_ARMS, ids=lambda key: "-".join(map(str, key)))
 def test_a_study_is_never_told_by_half(key):
     arms = {other: value for other, value in (CORE_ARMS | STUDY_ARMS).items() if other != key}
-    if key[1] in ("kd_shuffled", "kd_out_of_fold", "kd") and key[0] != "extra":
+    has_other = key[1] in ("kd_shuffled", "kd_out_of_fold") or key[1:3] in (
+        ("kd", "resnet50"),
+        ("kd_tuned", "resnet50"),
+    )
+    if has_other and key[0] != "extra":
         assert values(rows(arms))  # the other teacher's is there, and the sentence is about that one
         return
     alone = {("1", "scratch", "", 100): "budget", ("3", "kd_self", "student", 30): "self"}
@@ -212,6 +221,18 @@ def test_the_primary_comparisons_are_corrected_for_their_number():
     assert "p = 0.010" in values(same)["claim/two-teachers"]
 
 
+def test_a_primary_comparison_needs_its_corrected_p_value_too():
+    """Differences of mean 0.5 and sd 0.29 points: the interval excludes zero, p is 0.019, and three times that is not."""
+    frame = moved(moved(rows(), "scratch", [0.70] * 5), "kd_mean_prob", [0.701, 0.705, 0.709, 0.704, 0.706])
+    for number, arm in enumerate(("kd", "kd_mean_logit")):
+        frame = moved(frame, arm, [0.70, 0.71, 0.69, 0.70 + number / 100, 0.70])
+    said = values(frame)["claim/two-teachers"]
+    assert "makes no difference larger than a point" in said and "[+0.14, +0.86]" in said and "Holm" not in said
+    # the same numbers in an exploratory comparison are an effect
+    frame = moved(frame, "kd_mean_logit", [0.701, 0.705, 0.709, 0.704, 0.706])
+    assert "raises the student's test accuracy, by less than a point (+0.50" in values(frame)["claim/two-mean-logit"]
+
+
 def test_label_smoothing_is_a_control_of_its_own_where_the_student_has_none():
     found = values(rows(), label_smoothing=0.0)
     assert "group/smoothing" not in found and "claim/beyond-smoothing" not in found
@@ -229,10 +250,11 @@ def test_the_table_of_primary_comparisons(tiny, toy_data):
     arms = [
         [a_run(key, seed, toy_data, right) for seed, right in enumerate(rights)] for key, rights in right_of.items()
     ]
-    table = primary_table(arms, toy_data, tiny(seeds=[0, 1, 2]))
+    teachers = [dataclasses.replace(fake_teacher(toy_data), runs=2 * fake_teacher(toy_data).runs)]
+    table = primary_table(arms, toy_data, tiny(seeds=[0, 1, 2]), teachers)
     assert table["Comparison"].tolist() == [
         "One teacher, ResNet-50 − from scratch", "Two teachers − from scratch",
-        "Two teachers − the better one, ResNet-18", "The better one, ResNet-18 − label smoothing",
+        "Two teachers − the better one, ResNet-18", "The better one, ResNet-18 − from scratch (label smoothing)",
     ]  # fmt: skip
     # differences 20, 20, 30 points: mean 23.33, sd 5.77, so t = 7.00 with 2 degrees of freedom
     first = table.iloc[0]
@@ -243,11 +265,13 @@ def test_the_table_of_primary_comparisons(tiny, toy_data):
         "0.020",
     )
     assert first["p (Holm)"] == "0.079"
+    # seeds 0 and 2 learn from the same run, so that there are two values: 25 and 20
+    assert first["Over teachers' runs"] == "[−9.27, +54.27]"
     assert first["Over images"].startswith("[+")
-    assert table.iloc[2].tolist()[1:4] == ["+0.00", "[+0.00, +0.00]", "[+0.00, +0.00]"]
-    assert "claim two-teachers" in message_of(primary_table, arms[:3], toy_data, tiny())
-    single = primary_table([runs[:1] for runs in arms], toy_data, tiny(seeds=[0]))
-    assert set(single["p"]) == set(single["Over seeds"]) == {"–"}
+    assert table.iloc[2].tolist()[1:5] == ["+0.00", *["[+0.00, +0.00]"] * 3]
+    assert "claim two-teachers" in message_of(primary_table, arms[:3], toy_data, tiny(), teachers)
+    single = primary_table([runs[:1] for runs in arms], toy_data, tiny(seeds=[0]), teachers)
+    assert set(single["p"]) == set(single["Over seeds"]) == set(single["Over teachers' runs"]) == {"–"}
 
 
 def a_run(key, seed, dataset, right):

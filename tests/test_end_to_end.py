@@ -122,6 +122,7 @@ def test_the_study_shows_its_arms(settings, parameters, monkeypatch):
         "kd_shuffled": "3",
         "kd_out_of_fold": "3",
         "kd_self": "3",
+        "kd_tuned": "3",
         "dkd": "3",
         "dist": "3",
         "kd_standardized": "3",

@@ -197,6 +197,20 @@ def test_the_outcome_follows_the_interval_and_the_margin(low, high, expected):
     assert metrics.outcome(Difference((low + high) / 2, low, high, 5), margin=1) == expected
 
 
+def test_a_corrected_p_value_can_take_an_effect_back():
+    sure = Difference(0.5, 0.1, 0.9, 5)
+    assert [metrics.outcome(sure, 1, p) for p in (0.049, 0.05, math.nan)] == ["helps", "equivalent", "helps"]
+    assert metrics.outcome(Difference(-1.0, -1.9, -0.1, 5), 1, 0.05) == "not separable"
+
+
+def test_values_of_a_cluster_count_as_one():
+    found = metrics.clustered_difference([3, 5, 4], [1, 1, 1], ["x", "x", "y"])
+    assert found == metrics.paired_difference([3, 3], [0, 0]) and found.n == 2
+    assert metrics.clustered_difference([3, 5], [1, 1], [0, 1]) == metrics.paired_difference([3, 5], [1, 1])
+    with pytest.raises(ValueError, match="2, 2 and 1"):
+        metrics.clustered_difference([3, 5], [1, 1], [0])
+
+
 @pytest.mark.parametrize("difference", [Difference(math.nan, math.nan, math.nan, 5), Difference(math.nan, 0, 0, 1)])
 def test_what_is_not_a_number_has_no_outcome(difference):
     with pytest.raises(ValueError):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kdutils import metrics
-from kdutils.losses import cross_entropy
+from kdutils.losses import combine_teachers, cross_entropy
 from kdutils.models import SmallCNN, architecture
-from kdutils.results import comparison, flip_column, gains, model_costs, student_rows
+from kdutils.results import comparison, flip_column, following, gains, model_costs, student_rows
 from kdutils.students import Arm, StudentRun, describe_builder, train_students
-from kdutils.teachers import Teacher, TeacherRun
+from kdutils.teachers import Teacher, TeacherRun, as_one
 
 built = []
 
@@ -97,6 +97,39 @@ def test_rows_tell_how_a_student_follows_its_teacher(tiny, toy_data):
     run.logits["test"] = logits_for(labels)
     rows = student_rows(3, [a_student(0, student)], small, tiny(), [resnet18])
     assert not any(row["metric"].endswith("teacher_wrong") or row["value"] == "nan" for row in rows)
+
+
+def test_the_table_of_who_follows_whom(toy_data):
+    labels = toy_data.test.labels
+    runs = [
+        TeacherRun("resnet18", "last_block", seed, {}, {"test": logits_for(labels, wrong)}, labels, 0.0, "")
+        for seed, wrong in enumerate(([1, 2, 3], [9]))
+    ]
+    resnet18 = Teacher("resnet18", "last_block", runs, "", False, "", 1, 1, 1, 0.0)
+    students = [a_student(seed, logits_for(labels, wrong)) for seed, wrong in enumerate(([0, 1], [9]))]
+    table = following({"taught": students, "alike": students[1:]}, {"ResNet-18": resnet18}, toy_data)
+    assert table[["Student", "Teacher"]].values.tolist() == [["taught", "ResNet-18"], ["alike", "ResNet-18"]]
+    first, second = table.iloc[0], table.iloc[1]
+    assert first["Same prediction (%)"] == "85.00 ± 21.21" and first["Teacher wrong (%)"] == "66.67 ± 47.14"
+    assert second.tolist()[2:] == ["100.00", "100.00", "100.00", "0.000"]
+    runs[1].logits["test"] = logits_for(labels)  # never wrong: there are no errors to follow
+    assert following({"x": students}, {"t": resnet18}, toy_data)["Teacher wrong (%)"].tolist() == ["–"]
+
+
+def test_teachers_as_one_classifier_are_what_is_made_of_their_logits(toy_data):
+    labels = toy_data.test.labels
+    parts = ("train", "val", "test")
+    teachers = []
+    for arch, seeds in (("resnet50", 2), ("resnet18", 3)):
+        logits = [{part: seed + logits_for(labels, [seed]) for part in parts} for seed in range(seeds)]
+        runs = [TeacherRun(arch, "all", seed, {}, logits[seed], labels, 0.0, arch) for seed in range(seeds)]
+        teachers.append(Teacher(arch, "all", runs, "", False, "", 1, 1, 1, 0.0))
+    found = as_one(teachers, partial(combine_teachers, rule="mean_logit", temperature=1.0))
+    assert [(run.arch, run.seed) for run in found] == [("resnet50+resnet18", 0), ("resnet50+resnet18", 1)]
+    for run, one, other in zip(found, teachers[0].runs, teachers[1].runs):
+        for part in parts:
+            assert torch.equal(run.logits[part], (one.logits[part] + other.logits[part]) / 2)
+        assert len(run.view_logits) == 0 and run.fingerprint not in (one.fingerprint, other.fingerprint)
 
 
 def test_a_flipped_image_is_seen_by_the_very_network(tiny, toy_data):

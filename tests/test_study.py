@@ -1,6 +1,7 @@
 """kdutils.study and what it is made of: pools, warm starts, shuffled soft labels, unlabelled images, every arm."""
 
 import dataclasses
+import itertools
 import json
 from functools import partial
 
@@ -17,12 +18,13 @@ from kdutils import study as study_module
 from kdutils.data import Split, left_over, load_data, training_part
 from kdutils.losses import cross_entropy, distillation_loss
 from kdutils.models import normalise, seeded
-from kdutils.settings import ROOT, load_settings
+from kdutils.results import teacher_rows
+from kdutils.settings import ARCHITECTURES, ROOT, load_settings
 from kdutils.students import Arm, as_teacher, train_students
-from kdutils.study import ENTRIES, OTHER_LOSSES, Study, earlier_augmentation, train_entry
+from kdutils.study import ENTRIES, FREEZE, OTHER_LOSSES, TUNED, Study, earlier_augmentation, train_entry, tuned_words
 from kdutils.sweeps import read_rows, read_sweep, settings_of_trials
 from kdutils.teachers import out_of_fold, shuffled_within_classes, teach
-from kdutils.views import make_views, pool_of_draws, pool_of_views, view_pixels
+from kdutils.views import make_views, pool_of_draws, pool_of_views, view_pixels, view_table
 
 
 def test_a_pool_of_the_training_images_trains_the_same_students(tiny, toy_data):
@@ -224,13 +226,47 @@ def test_the_teacher_is_chosen_on_validation_images(study):
     assert swapped.teacher.arch == "resnet50"
 
 
-@pytest.mark.parametrize("name", OTHER_LOSSES)
-def test_the_other_losses_are_set_as_their_committed_sweeps_found_best(name):
-    (path,) = (ROOT / "report" / "sweeps").glob(f"*/{name.replace('_', '-')}.csv")
+CHOSEN = {name.replace("_", "-"): (name, "resnet18", chosen) for name, chosen in OTHER_LOSSES.items()} | {
+    "temperature-alpha": ("kd", "resnet18", TUNED["resnet18"]),
+    "temperature-alpha-resnet50": ("kd", "resnet50", TUNED["resnet50"]),
+}
+
+
+@pytest.mark.parametrize("file", CHOSEN)
+def test_the_losses_are_set_as_their_committed_sweeps_found_best(file):
+    what, taught_by, chosen = CHOSEN[file]
+    (path,) = (ROOT / "report" / "sweeps").glob(f"*/{file}.csv")
     sweep, rows = read_sweep(path.with_suffix(".yaml")), settings_of_trials(read_rows(path))
-    assert sweep.what == name and len(rows.dropna().groupby(["temperature", "alpha"])) == 9
+    assert sweep.what == what and sweep.trials["baseline"]["teachers"] == taught_by and sweep.seeds == [0, 1, 2]
+    assert len(rows.dropna().groupby(["temperature", "alpha"])) == 12  # as many trials for each
     means = rows.groupby(["temperature", "alpha"]).val_accuracy.mean()
-    assert means[tuple(OTHER_LOSSES[name][key] for key in ("temperature", "alpha"))] == pytest.approx(means.max())
+    assert means[tuple(chosen[key] for key in ("temperature", "alpha"))] == pytest.approx(means.max())
+
+
+def test_each_part_is_trained_on_the_same_views_by_its_own_recipe(study):
+    wanted = study.settings
+    for arch, like in itertools.product(ARCHITECTURES, repeat=2):
+        of_part = study.settings_of_part(arch, like)
+        for name in ("trainable", "epochs", "learning_rate", "weight_decay"):
+            assert of_part.of_teacher(arch, name) == wanted.of_teacher(like, name)
+        other = next(name for name in ARCHITECTURES if name != arch)
+        assert of_part.of_teacher(other, "epochs") == wanted.of_teacher(other, "epochs")
+        assert len(view_table(**of_part.views)) == 2
+    parts = study.parts()
+    assert [(teacher.arch, teacher.trainable) for teacher, _ in parts] == [
+        (arch, part)
+        for arch in ("resnet50", "resnet18")
+        for part in (wanted.resnet50_trainable, wanted.resnet18_trainable)
+    ]
+    rows = [row for teacher, of_part in parts for row in teacher_rows(2, teacher, study.dataset, of_part, FREEZE)]
+    assert {row["arm"] for row in rows} == {FREEZE + teacher.trainable for teacher, _ in parts}
+
+
+def test_the_words_about_tuned_losses_name_every_value():
+    words = tuned_words()
+    for values in (*TUNED.values(), *OTHER_LOSSES.values()):
+        assert f"T = {values['temperature']:g}, α = {values['alpha']:g}" in words
+    assert "DKD (its own α = 1, β = 2)" in words and words.count(";") == 4
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -242,7 +278,7 @@ def test_every_arm_trains(study, name, monkeypatch):
     entry = ENTRIES[name](study)
     (run,) = study.train(entry, [0])
     assert run.arm == entry.arm.name and run.logits["test"].isfinite().all()
-    assert entry.task in ("1", "3", "extra")
+    assert entry.task in ("1", "3", "4", "extra")
     if entry.pool is not None and name in ("kd_unlabelled", "scratch_all_labels"):
         assert len(entry.pool.labels) == 90 and entry.settings.epochs == 1  # 2 epochs of 4 steps in steps of 9
         assert (entry.pool.labels == -1).sum() == (50 if name == "kd_unlabelled" else 0)

@@ -136,6 +136,10 @@ def test_the_table_compares_with_the_first_trial_in_pairs():
     assert list(table["Difference"]) == ["–", "+2.00 [+2.00, +2.00]"] and list(table["n"]) == [3, 3]
     assert list(table["Validation (%)"]) == ["60.00 ± 10.00", "62.00 ± 10.00"]
     assert list(sweep_table(rows.iloc[[0, 3]])["Difference"]) == ["–", "+2.00"]
+    of_two = sweep_table(rows.iloc[[0, 1, 3, 4]])  # an interval of two runs would say nothing
+    assert list(of_two["Difference"]) == ["–", "+2.00"] and list(of_two["n"]) == [2, 2]
+    again = rows[rows.trial == "a"].assign(trial="the same as a")
+    assert sweep_table(pd.concat([rows, again])).equals(table)
 
 
 def test_the_committed_sweeps_are_complete():
@@ -260,7 +264,7 @@ def test_processes_find_what_is_shared_and_do_nothing_twice(tiny_profile, tmp_pa
     text, rows = path.read_text(), read_rows(path)
     assert len(rows) == 8 and len(list((tmp_path / "runs" / "tiny" / "students").glob("kd-*"))) == 4
     assert list(rows.val_nll[:4]) == list(rows.val_nll[4:])  # both spellings of alpha name the same trials
-    assert "alpha = 0.90, temperature = 2" in capsys.readouterr().out
+    assert "alpha = 0.90, temperature = 4" in capsys.readouterr().out
     (tmp_path / "again").mkdir()
     assert main([*command, "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / path.name).read_text() == text
