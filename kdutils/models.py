@@ -228,11 +228,13 @@ class FewPixelsConv2d(nn.Conv2d):
     """The same convolution, faster on a CPU where its input has few pixels: a matrix product for every output pixel.
 
     The last block of a ResNet sees 4x4 and 2x2 pixels of an image of 64x64. Half of what a padded 3x3 window covers
-    there is padding, which is left out here. The numbers agree but for rounding.
+    there is padding, which is left out here. Of a handful of images it would cost more to move the weights than that
+    saves. The numbers agree but for rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.shape[2] * x.shape[3] <= 16 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        few = x.shape[2] * x.shape[3] <= 16 and len(x) >= 16
+        few = few and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         if not few or self.groups > 1 or self.dilation != (1, 1) or isinstance(self.padding, str):
             return super().forward(x)
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
