@@ -183,15 +183,14 @@ CLAIMS = (
         "earlier"),
 
     Claim("tuned", "kd_tuned/*", "kd/*",
-          _compared("distillation from {a} with the temperature and weight that did best with it", "that with this "
-                    "report's"), "losses"),
+          _compared("distillation from {a}, tuned for it,", "that with the common temperature and weight"), "losses"),
     Claim("tuned-scratch", "kd_tuned/*", "scratch", _effect("so tuned, distillation from {a}"), "losses"),
     Claim("dkd", "dkd/*", "kd_tuned/*",
-          _compared("distillation from {a} by DKD", "that by the loss of Hinton et al., tuned alike,"), "losses"),
+          _compared("distillation from {a} by DKD", "that by the loss of Hinton et al. tuned alike"), "losses"),
     Claim("dist", "dist/*", "kd_tuned/*",
-          _compared("distillation from {a} by DIST", "that by the loss of Hinton et al., tuned alike,"), "losses"),
+          _compared("distillation from {a} by DIST", "that by the loss of Hinton et al. tuned alike"), "losses"),
     Claim("standardized", "kd_standardized/*", "kd_tuned/*",
-          _compared("distillation from {a} with standardised logits", "that with the logits as they are, tuned alike,"),
+          _compared("distillation from {a} with standardised logits", "that with the logits as they are"),
           "losses"),
 
     Claim("longer-scratch", "scratch@long", "scratch", _effect("training from scratch for {long} epochs"), "budget"),
@@ -200,7 +199,7 @@ CLAIMS = (
     Claim("longer-two", f"kd_mean_prob/{BOTH}@long", "scratch@long",
           _effect("when both are trained for {long} epochs, distillation from both teachers"), "budget"),
     Claim("longer-two-better", f"kd_mean_prob/{BOTH}@long", "kd/better@long",
-          _compared("after {long} epochs, distillation from both teachers", "distillation from the better one, {b},"),
+          _compared("after {long} epochs, distillation from both teachers", "distillation from {b} alone"),
           "budget"),
     Claim("knowledge-or-epochs", "kd/*", "scratch@long", _answered(
         helps="{epochs} epochs of distillation from {a} are worth more than {long} from scratch{little} {numbers}.",

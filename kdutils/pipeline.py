@@ -21,7 +21,7 @@ from kdutils.data import load_data
 from kdutils.metrics import parameter_count
 from kdutils.models import SmallCNN
 from kdutils.progress import Batch
-from kdutils.results import at_budget, read_results
+from kdutils.results import FREEZE, at_budget, of_the_tasks, read_results
 from kdutils.runs import results_checksum, write_text
 from kdutils.settings import (
     ARCHITECTURES,
@@ -33,7 +33,7 @@ from kdutils.settings import (
     logits_file,
     shown_path,
 )
-from kdutils.study import FREEZE, tuned_words
+from kdutils.study import tuned_words
 from kdutils.teachers import check_space, check_weights, save_logits
 
 TRAINED_PARTS = ("last_layer", "last_block", "all")  # the arms that are ResNets: not paired with students
@@ -186,7 +186,11 @@ def export(settings: Settings, out: Path) -> Path:
             dataset = load_data(settings)
             for arch in ARCHITECTURES:
                 save_logits(arch, dataset, settings, out / "teachers")
-        report.update_readme(ROOT / "README.md", report.results_table(results), readme_note(provenance))
+        tables = {"": of_the_tasks(results, settings.epochs), "All arms, the study's among them": results}
+        report.update_readme(
+            ROOT / "README.md", {title: report.results_table(rows) for title, rows in tables.items()},
+            readme_note(provenance),
+        )  # fmt: skip
         report.update_pictures(ROOT / "README.md", notebooks)
     return generated
 

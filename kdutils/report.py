@@ -478,13 +478,22 @@ def text_table(frame: pd.DataFrame) -> str:
     return "\n".join(row.rstrip() for row in rows)
 
 
-def update_readme(path: Path, frame: pd.DataFrame, notes: str = "") -> None:
-    """Put the table, and `notes` under it, between `<!-- results:begin -->` and `<!-- results:end -->`."""
+def update_readme(path: Path, tables: Mapping[str, pd.DataFrame], notes: str = "") -> None:
+    """Put the tables, and `notes` under them, between `<!-- results:begin -->` and `<!-- results:end -->`.
+
+    A table with a title is folded under it, that of the empty title stands open.
+    """
     begin, end = "<!-- results:begin -->", "<!-- results:end -->"
     text = path.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(f"README: {shown_path(path)} needs one line {begin} and, after it, one line {end}")
-    body = "\n\n".join(filter(None, [markdown_table(frame), notes.strip()]))
+    shown = [
+        f"<details><summary>{title}</summary>\n\n{markdown_table(frame)}\n\n</details>"
+        if title
+        else markdown_table(frame)
+        for title, frame in tables.items()
+    ]
+    body = "\n\n".join(filter(None, [*shown, notes.strip()]))
     write_text(path, f"{text[: text.index(begin)]}{begin}\n{body}\n{text[text.index(end) :]}")
 
 

@@ -21,6 +21,8 @@ from kdutils.training import predict
 
 PARTS = ("train", "val", "test")
 LONG = "long"
+TASK_ARMS = ("scratch", "kd", "kd_mean_prob", "kd_mean_logit", "kd_confidence")  # the students of the four notebooks
+FREEZE = "freeze_"  # begins the names of the study's arms that are ResNets
 Scores = dict[tuple[str, str], float]
 Run = StudentRun | TeacherRun
 
@@ -298,6 +300,13 @@ def at_budget(results: pd.DataFrame, which: str, epochs: int | None) -> pd.DataF
             f"them is the report's {epochs}; run it with that, too"
         )
     return results[~several | at_epochs]
+
+
+def of_the_tasks(results: pd.DataFrame, epochs: int | None) -> pd.DataFrame:
+    """The rows of results.csv about the classifiers of the four tasks at the report's budget, without the study's."""
+    rows = at_budget(results, "", epochs)
+    is_resnet = (rows.task == "2") & ~rows.arm.str.startswith(FREEZE)
+    return rows[is_resnet | (rows.arm.isin(TASK_ARMS) & (rows.task != "extra"))]
 
 
 def accuracy_frame(arms: dict[str, Sequence[Run]], dataset: Dataset) -> pd.DataFrame:

@@ -43,7 +43,6 @@ OTHER_LOSSES: dict[str, dict[str, Any]] = {
     "dist": {"temperature": 4.0, "alpha": 0.75},
     "kd_standardized": {"temperature": 2.0, "alpha": 0.5},
 }
-FREEZE = "freeze_"  # begins the names of the arms of `Study.parts` in results.csv
 UNLABELLED_VIEWS = {"max_shift": 0, "shift_step": 1}  # an image and its mirror image
 
 

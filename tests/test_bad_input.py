@@ -452,7 +452,7 @@ BAD = {
         "notebook: TMP/a.ipynb, cell 1 has not been run; run the notebook to its end first"),
     "a figure's name with a space": (lambda w: report.show_table(None, "my table", "caption"),
         "name: 'my table' cannot name a figure or table; a name is made of a-z, 0-9 and -, such as curves-scratch"),
-    "a README without marks": (lambda w: report.update_readme(a_path(w.tmp / "README.md"), None),
+    "a README without marks": (lambda w: report.update_readme(a_path(w.tmp / "README.md"), {}),
         "README: TMP/README.md needs one line <!-- results:begin --> and, after it, one line <!-- results:end -->"),
     # the other commands
     "no images to pre-train on": (lambda w: w.command("pretrain", "no/such/place", "--arch", "resnet18", "--epochs", "1"),

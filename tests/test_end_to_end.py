@@ -1,5 +1,6 @@
 """The whole path, tiny: four notebooks through papermill, run again, changed, broken, reported."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from kdutils import pipeline, report
 from kdutils.__main__ import main
+from kdutils.results import of_the_tasks, read_results
 from kdutils.runs import RESULT_COLUMNS
 from kdutils.settings import PROFILES, ROOT, UserError, load_settings, read_profile
 
@@ -177,5 +179,8 @@ def test_the_readmes_pictures_are_those_of_the_committed_notebooks(tmp_path):
 def test_the_committed_report_matches_its_rows():
     """README's table, the macros and the prose's numbers all come from the committed results.csv."""
     generated = report.REPORT / "generated"
-    results = pipeline.results_frame(generated)
-    assert report.markdown_table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
+    results, readme = read_results(generated), (ROOT / "README.md").read_text(encoding="utf-8")
+    of_tasks = of_the_tasks(results, json.loads((generated / "provenance.json").read_text())["settings"]["epochs"])
+    assert of_tasks.groupby(["arm", "teachers"]).ngroups == 8
+    for rows in (results, of_tasks):
+        assert report.markdown_table(report.results_table(rows)) in readme

@@ -259,14 +259,16 @@ def test_readme_holds_the_table_between_its_marks_however_often_it_is_updated(tm
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n", encoding="utf-8")
     table = report.results_table(some_results())
-    report.update_readme(readme, table, "Made with α = 0.8.")
+    tables = {"": table, "More": table.iloc[:1]}
+    report.update_readme(readme, tables, "Made with α = 0.8.")
     once = readme.read_text(encoding="utf-8")
-    report.update_readme(readme, table, "Made with α = 0.8.")
+    report.update_readme(readme, tables, "Made with α = 0.8.")
     assert readme.read_text(encoding="utf-8") == once
     assert once.startswith("before\n") and once.endswith("after\n")
     assert "old" not in once and "α = 0.8" in once
     assert "| 3 | Student distilled from one teacher | ResNet-50 | 71.00 ± 1.00 | 3 |" in once
     assert "| 2 | ResNet-50, last layer fine-tuned | – | 80.50 ± 0.71 | 2 |" in once
+    assert once.count("<details><summary>More</summary>\n\n| Task") == once.count("\n\n</details>") == 1
 
 
 def test_the_pictures_that_a_readme_shows_are_the_notebooks_figures(tmp_path):
@@ -293,4 +295,4 @@ def test_the_pictures_that_a_readme_shows_are_the_notebooks_figures(tmp_path):
 def test_a_readme_without_marks_is_an_error(tmp_path):
     (tmp_path / "README.md").write_text("nothing", encoding="utf-8")
     with pytest.raises(UserError, match="results:begin"):
-        report.update_readme(tmp_path / "README.md", report.results_table(some_results()))
+        report.update_readme(tmp_path / "README.md", {"": report.results_table(some_results())})

@@ -18,10 +18,10 @@ from kdutils import study as study_module
 from kdutils.data import Split, left_over, load_data, training_part
 from kdutils.losses import cross_entropy, distillation_loss
 from kdutils.models import normalise, seeded
-from kdutils.results import teacher_rows
+from kdutils.results import FREEZE, teacher_rows
 from kdutils.settings import ARCHITECTURES, ROOT, load_settings
 from kdutils.students import Arm, as_teacher, train_students
-from kdutils.study import ENTRIES, FREEZE, OTHER_LOSSES, TUNED, Study, earlier_augmentation, train_entry, tuned_words
+from kdutils.study import ENTRIES, OTHER_LOSSES, TUNED, Study, earlier_augmentation, train_entry, tuned_words
 from kdutils.sweeps import read_rows, read_sweep, settings_of_trials
 from kdutils.teachers import out_of_fold, shuffled_within_classes, teach
 from kdutils.views import make_views, pool_of_draws, pool_of_views, view_pixels, view_table
