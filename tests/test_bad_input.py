@@ -427,9 +427,9 @@ BAD = {
         "or feature_memory_gb (what had run: TMP/runs/tiny/notebooks/01_small_cnn.ipynb)"),
     # reports
     "a report without a run": (lambda w: w.command("report", "--profile", w.profile()),
-        "results: there is no TMP/runs/tiny/results.csv; run the notebooks first (python -m kdutils run)"),
+        "results: there is no TMP/runs/tiny/results.csv; run the notebooks first (python -m kdutils run, with the same profile)"),
     "results without a run": (lambda w: w.command("results", "--profile", w.profile()),
-        "results: there is no TMP/runs/tiny/results.csv; run the notebooks first (python -m kdutils run)"),
+        "results: there is no TMP/runs/tiny/results.csv; run the notebooks first (python -m kdutils run, with the same profile)"),
     "a PDF of nothing": (lambda w: w.command("report", "--pdf-only", "--out", str(w.tmp)),
         "report: TMP/generated holds nothing to typeset; run `make report` first"),
     "a report of other settings": (lambda w: (found(w), w.command("report", "--profile", w.profile(), "-p", "alpha", "0.25")),
@@ -444,7 +444,7 @@ BAD = {
     "notebooks that are gone": (lambda w: pipeline.export(found(w), w.tmp),
         "report: TMP/runs/tiny/notebooks/01_small_cnn.ipynb, "
         "TMP/runs/tiny/notebooks/02_fine_tuned_resnets.ipynb, TMP/runs/tiny/notebooks/03_one_teacher.ipynb, "
-        "TMP/runs/tiny/notebooks/04_two_teachers.ipynb not there; run the notebooks first (python -m kdutils run)"),
+        "TMP/runs/tiny/notebooks/04_two_teachers.ipynb not there; run the notebooks first (python -m kdutils run, with the same profile)"),
     "a notebook that failed": (failed,
         "notebook: TMP/a.ipynb, cell 1 failed (ZeroDivisionError: by 0); mend it and run it again"),
     "a notebook that was not run": (lambda w: report.export_notebooks(
