@@ -174,7 +174,10 @@ def export(settings: Settings, out: Path) -> Path:
     notebooks = [settings.run_folder / "notebooks" / f"{name}.ipynb" for name in notebooks_of(settings)]
     missing = [shown_path(path) for path in notebooks if not path.is_file()]
     if missing:
-        raise UserError(f"report: {', '.join(missing)} not there; run the notebooks first (python -m kdutils run, with the same profile)")
+        raise UserError(
+            f"report: {', '.join(missing)} not there; run the notebooks first (python -m kdutils run, "
+            "with the same profile)"
+        )
     report.export_notebooks(notebooks, generated)
     for name in ("results.csv", "provenance.json", "timings.csv"):
         shutil.copyfile(settings.run_folder / name, generated / name)

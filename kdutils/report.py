@@ -339,7 +339,7 @@ def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[
         values |= {f"gap/{arch}": signed(points) for arch, points in gaps.items()}
         gains = {arch: 100 * (arms["kd", arch].mean() - arms["scratch", ""].mean()) for arch in gaps.index
                  if ("kd", arch) in arms and gaps[arch] > 0}  # fmt: skip
-        values |= {f"covered/{arch}": signed(100 * gain / gaps[arch], 0) for arch, gain in gains.items()}
+        values |= {f"covered/{arch}": signed(100 * gain / gaps[arch], 0).lstrip("+") for arch, gain in gains.items()}
     return values
 
 

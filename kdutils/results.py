@@ -270,7 +270,10 @@ def read_results(folder: Path) -> pd.DataFrame:
     """The tidy rows of a run, or of the committed report. Raises `UserError` if there are none."""
     path = folder / "results.csv"
     if not path.is_file():
-        raise UserError(f"results: there is no {shown_path(path)}; run the notebooks first (python -m kdutils run, with the same profile)")
+        raise UserError(
+            f"results: there is no {shown_path(path)}; run the notebooks first (python -m kdutils run, "
+            "with the same profile)"
+        )
     return pd.read_csv(path, keep_default_na=False, dtype={"task": str})
 
 

@@ -227,12 +227,18 @@ def test_values_are_in_per_cent_and_words_follow_the_numbers():
     assert values["kd/resnet50/test/accuracy/pm"] == "71.00 ± 1.00"
     assert values["scratch//test/accuracy/seeds"] == "3 seeds" and values["scratch//test/nll/mean"] == "0.312"
     assert values["teacher/resnet50/test/accuracy/mean"] == "80.50"
-    assert values["gap/resnet50"] == "+11.67"
+    assert values["gap/resnet50"] == "+11.67" and values["covered/resnet50"] == "19"  # 2.17 of 11.67 points
+    better = report.result_values(some_results(scratch=(0.9, 0.9)), {"settings": settings})
+    assert better["gap/resnet50"] == "−9.50" and "covered/resnet50" not in better  # no way to cover
     assert values["best/words"] == "student distilled from one teacher (ResNet-50)"
     assert values["settings/temperature"] == "4" and values["settings/train_size"] == "9,000"
     assert values["settings/optimizer"] == "AdamW" and values["data/name"] == "x"
     assert values["words/views"] == "18 views" and values["words/epochs"] == "1 epoch"
     assert values["resnet50/trainable-words"] == "the whole network"
+
+
+def test_what_stays_on_one_line():
+    assert report.tex("n = 5, p = 0.02 (α = 0.5, x = y)") == r"n~=~5, p~=~0.02 (\ensuremath{\alpha} = 0.5, x = y)"
 
 
 def test_other_budgets_have_values_of_their_own():
