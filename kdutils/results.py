@@ -14,7 +14,7 @@ from kdutils import metrics
 from kdutils.data import Dataset
 from kdutils.models import normalise
 from kdutils.runs import artefact, record
-from kdutils.settings import Settings, UserError, shown_path
+from kdutils.settings import Settings, UserError, counted, shown_path
 from kdutils.students import StudentRun, describe_builder
 from kdutils.teachers import Teacher, TeacherRun
 from kdutils.training import predict
@@ -257,13 +257,20 @@ def finish(
     facts: dict[str, Any] = {"data": dataset.facts}
     made_of = {"data": dataset.checksum} | {f"{teacher.arch} weights": teacher.checksum for teacher in teachers}
     trained = [run for arm in students for run in arm]
-    made_of |= {f"{' '.join((run.arm, *run.teachers))}, seed {run.seed}": run.fingerprint for run in trained}
+    made_of |= {_called(run, settings): run.fingerprint for run in trained}
     if teachers:
         facts["weights"] = {teacher.arch: teacher.facts for teacher in teachers}
     timings = [(f"{t.arch}: features of every view", t.feature_seconds) for t in teachers if t.feature_seconds]
     timings += [(f"{t.arch}: fine-tuning, seed {run.seed}", run.seconds) for t in teachers for run in t.runs]
-    timings += [(f"student, {' '.join((run.arm, *run.teachers))}, seed {run.seed}", run.seconds) for run in trained]
+    timings += [(f"student, {_called(run, settings)}", run.seconds) for run in trained]
     return record(settings, notebook, rows, facts, timings, made_of)
+
+
+def _called(run: StudentRun, settings: Settings) -> str:
+    """A student by its arm and seed, and by its epochs where they are not the settings': a name for no other one."""
+    epochs = len(run.history["train_loss"])
+    at = "" if epochs == settings.epochs else f", {counted(epochs, 'epoch')}"
+    return f"{' '.join((run.arm, *run.teachers))}{at}, seed {run.seed}"
 
 
 def read_results(folder: Path) -> pd.DataFrame:

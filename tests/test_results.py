@@ -1,14 +1,16 @@
 """kdutils.results: what networks cost is measured once for each way to build them."""
 
+import dataclasses
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 
 from kdutils import metrics
 from kdutils.losses import combine_teachers, cross_entropy
 from kdutils.models import SmallCNN, architecture
-from kdutils.results import comparison, flip_column, following, gains, model_costs, student_rows
+from kdutils.results import comparison, finish, flip_column, following, gains, model_costs, read_results, student_rows
 from kdutils.students import Arm, StudentRun, describe_builder, train_students
 from kdutils.teachers import Teacher, TeacherRun, as_one
 
@@ -130,6 +132,18 @@ def test_teachers_as_one_classifier_are_what_is_made_of_their_logits(toy_data):
         for part in parts:
             assert torch.equal(run.logits[part], (one.logits[part] + other.logits[part]) / 2)
         assert len(run.view_logits) == 0 and run.fingerprint not in (one.fingerprint, other.fingerprint)
+
+
+def test_an_arm_of_two_budgets_is_recorded_by_two_notebooks(tiny, toy_data, capsys):
+    """Neither notebook's rows are taken for those of other students of the same name."""
+    settings = tiny(seeds=[0], epochs=1)
+    for notebook, epochs in (("one", 1), ("two", 2)):
+        budget = dataclasses.replace(settings, epochs=epochs)
+        runs = train_students(Arm("scratch", cross_entropy), toy_data, budget)
+        finish(settings, notebook, student_rows(1, runs, toy_data, budget), toy_data, students=[runs])
+    assert set(read_results(settings.run_folder).epochs) == {1, 2} and "leaves out" not in capsys.readouterr().out
+    stages = pd.read_csv(settings.run_folder / "timings.csv").stage.tolist()
+    assert stages == ["student, scratch, seed 0", "student, scratch, 2 epochs, seed 0"]
 
 
 def test_a_flipped_image_is_seen_by_the_very_network(tiny, toy_data):
