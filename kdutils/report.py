@@ -102,7 +102,7 @@ def tex(text: Any) -> str:
     """Any text as LaTeX that prints that text; what pdfLaTeX has no glyph for appears as its code point."""
     text = unicodedata.normalize("NFC", " ".join(str(text).split()))
     text = "".join(_SPECIAL.get(character, character) for character in text).replace("--", "-{}-")
-    text = re.sub(r"\b([A-Za-z]) = (?=\d)", r"\1~=~", text)  # n = 5 stays on one line
+    text = re.sub(r"\b(\w) = (?=\d)", r"\1~=~", text)  # n = 5 stays on one line
     return re.sub(r"[^\x20-\x7e]", _beyond_ascii, text).replace(" ± ", "~±~").replace(r" \%", r"~\%")
 
 

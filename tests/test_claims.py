@@ -253,8 +253,8 @@ def test_the_table_of_primary_comparisons(tiny, toy_data):
     teachers = [dataclasses.replace(fake_teacher(toy_data), runs=2 * fake_teacher(toy_data).runs)]
     table = primary_table(arms, toy_data, tiny(seeds=[0, 1, 2]), teachers)
     assert table["Comparison"].tolist() == [
-        "One teacher, ResNet-50 − from scratch", "Two teachers − from scratch",
-        "Two teachers − the better one, ResNet-18", "The better one, ResNet-18 − from scratch (label smoothing)",
+        "ResNet-50 − scratch", "Both − scratch", "Both − the better one, ResNet-18",
+        "The better one, ResNet-18 − scratch (label smoothing)",
     ]  # fmt: skip
     # differences 20, 20, 30 points: mean 23.33, sd 5.77, so t = 7.00 with 2 degrees of freedom
     first = table.iloc[0]
@@ -266,12 +266,12 @@ def test_the_table_of_primary_comparisons(tiny, toy_data):
     )
     assert first["p (Holm)"] == "0.079"
     # seeds 0 and 2 learn from the same run, so that there are two values: 25 and 20
-    assert first["Over teachers' runs"] == "[−9.27, +54.27]"
+    assert first["Over teacher runs"] == "[−9.27, +54.27]"
     assert first["Over images"].startswith("[+")
     assert table.iloc[2].tolist()[1:5] == ["+0.00", *["[+0.00, +0.00]"] * 3]
     assert "claim two-teachers" in message_of(primary_table, arms[:3], toy_data, tiny(), teachers)
     single = primary_table([runs[:1] for runs in arms], toy_data, tiny(seeds=[0]), teachers)
-    assert set(single["p"]) == set(single["Over seeds"]) == set(single["Over teachers' runs"]) == {"–"}
+    assert set(single["p"]) == set(single["Over seeds"]) == set(single["Over teacher runs"]) == {"–"}
 
 
 def a_run(key, seed, dataset, right):

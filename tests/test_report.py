@@ -238,7 +238,7 @@ def test_values_are_in_per_cent_and_words_follow_the_numbers():
 
 
 def test_what_stays_on_one_line():
-    assert report.tex("n = 5, p = 0.02 (α = 0.5, x = y)") == r"n~=~5, p~=~0.02 (\ensuremath{\alpha} = 0.5, x = y)"
+    assert report.tex("n = 5, p = 0.02 (α = 0.5, x = y)") == r"n~=~5, p~=~0.02 (\ensuremath{\alpha}~=~0.5, x = y)"
 
 
 def test_other_budgets_have_values_of_their_own():
