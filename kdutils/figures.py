@@ -328,7 +328,7 @@ def accuracy_against_cost(frame):
 def _name_points(axes, xs, ys, names):
     """Names beside points, towards the middle of the axes, moved up or down so that no two overlap."""
     low, high = axes.get_ylim()
-    heights = _apart((ys - low) / (high - low), least=0.13 / axes.figure.get_figheight())
+    heights = _apart((ys - low) / (high - low), least=0.17 / axes.figure.get_figheight())
     middle = math.sqrt(math.prod(axes.get_xlim()))
     for x, y, height, name in zip(xs, ys, heights, names):
         right = x <= middle

@@ -434,8 +434,12 @@ def _arm_words(arm: str, teachers: str = "") -> str:
 
 
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm, in words: mean and standard deviation over its seeds of the test accuracy; NLL; ECE."""
-    test = _normal(results[results.split == "test"])
+    """One row an arm, in words: mean and standard deviation over its seeds of the test accuracy; NLL; ECE.
+
+    What a later task repeats of an earlier one, as something to compare with, is shown once.
+    """
+    test = _normal(results[results.split == "test"]).sort_values("task", kind="stable")
+    test = test.drop_duplicates(["arm", "teachers", "labels", "epochs", "seed", "metric"])
     counts = test.groupby(["arm", "teachers"])[["labels", "epochs"]].nunique()
     varying = [str(name) for name in counts if counts[name].max() > 1]
     rows = []
@@ -457,7 +461,7 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
             **({"NLL": _spread(by["nll"], False)["mean"]} if "nll" in by else {}),
             **({"ECE (%)": f"{100 * by['ece'].mean():.1f}"} if "ece" in by else {}),
         })  # fmt: skip
-    return pd.DataFrame(rows).sort_values("Task", kind="stable", ignore_index=True)
+    return pd.DataFrame(rows)
 
 
 def markdown_table(frame: pd.DataFrame) -> str:

@@ -298,6 +298,17 @@ def test_the_pictures_that_a_readme_shows_are_the_notebooks_figures(tmp_path):
     }
 
 
+def test_the_results_table_shows_once_what_a_later_task_repeats():
+    results = some_results()
+    again, new = results[results.arm == "scratch"].assign(task="extra"), results[results.arm == "kd"].assign(arm="other")
+    repeated = pd.concat([again, results, new.assign(task="extra")])
+    found = report.results_table(repeated)
+    assert found.iloc[:-1].equals(report.results_table(results))
+    assert found.iloc[-1][["Task", "Model"]].tolist() == ["extra", "Other"]
+    longer = pd.concat([results, again.assign(epochs=9)])
+    assert len(report.results_table(longer)) == len(report.results_table(results)) + 1
+
+
 def test_a_readme_without_marks_is_an_error(tmp_path):
     (tmp_path / "README.md").write_text("nothing", encoding="utf-8")
     with pytest.raises(UserError, match="results:begin"):
