@@ -196,7 +196,8 @@ def summary(found: Mapping[str, Any], table: Callable[..., list[str]] = _aligned
 
 def performance_page(found: Mapping[str, Any], notes: str) -> str:
     """docs/performance.md: the same in Markdown, and `notes`, the hand-written part, between its marks."""
-    made_by = "Made by `python -m kdutils bench --page` from `bench.json`; only the last section is written by hand."
+    command = f"python -m kdutils bench --profile {found['profile']} --page"
+    made_by = f"Made by `{command}` from `bench.json`; only the last section is written by hand."
     lines = ["# Performance", "", made_by, "", *summary(found, _markdown), ""]
     lines += ["## What was tried and did not pay", "", NOTES[0], notes.strip("\n"), NOTES[1], ""]
     return "\n".join(lines)
