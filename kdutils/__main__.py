@@ -1,4 +1,4 @@
-"""The command line: python -m kdutils run | report | results | predict | export | sweep | bench | pretrain | stamp."""
+"""The command line: python -m kdutils COMMAND, each a function here; `--help` lists them."""
 
 import argparse
 import json
@@ -63,7 +63,7 @@ A file takes pixels, uint8 [N, 3, 32, 32] (RGB, 0 to 255), and gives logits, flo
     "study": """
   python -m kdutils study --profile cifar10-standin -p study '["controls", "losses"]' --workers 2
 
- Afterwards, `python -m kdutils run` with the same -p study shows what was trained (--report: in the report, too).""",
+Afterwards, `python -m kdutils run` with the same -p study shows what was trained (--report: in the report, too).""",
     "bench": """
   python -m kdutils bench --profile demo --quick       only see whether it works
   python -m kdutils bench --page                       ten minutes; writes docs/performance.md""",

@@ -49,7 +49,8 @@ class Claim(NamedTuple):
     An arm is named `arm`, `arm/teachers` or, at another budget than the settings', `arm/teachers@long` (the longest
     that the student from scratch had) and `arm/teachers@extra` (a row of the task `extra`); `x - y` is a difference of
     two, seed by seed. Teachers are named as in results.csv, or by their part: `better` and `lesser` by their students'
-    accuracy on validation images, `stronger` and `weaker` by their own; `*` makes one sentence of each that is there.
+    accuracy on validation images, `stronger` and `weaker` by their own; `*` makes a sentence of each that is there, or
+    one of both where the same is to be said of them.
     `smoothed` and `plain` are the student from scratch with and without label smoothing, whichever of them is the arm
     `scratch`. `share` names an arm, and `{share}` is how far it goes from `b` to `a`.
     """
@@ -116,7 +117,8 @@ CLAIMS = (
         too_few_seeds="there are too few seeds to tell the better teacher, {a}, from label smoothing {numbers}."),
         "smoothing"),
     Claim("stronger-teacher", "kd/stronger", "kd/weaker", _answered(
-        helps="the more accurate teacher, {a}, is also the better one to learn from{little} {numbers}.",
+        helps="the more accurate teacher, {a}, is also the better one to learn from, both at the same temperature and "
+              "weight{little} {numbers}.",
         hurts="the more accurate teacher, {a}, is not the better one to learn from: its student is worse than that of "
               "{b}{little} {numbers}.",
         equivalent="the more accurate teacher, {a}, and the other, {b}, are equally good to learn from, to within a "
@@ -164,6 +166,8 @@ CLAIMS = (
     Claim("self", "kd_self/*", "scratch", _effect("distillation from {a}, trained from scratch,"), "self"),
     Claim("self-better", "kd/better", "kd_self/*",
           _compared("distillation from the better teacher, {a},", "distillation from such a student"), "self"),
+    Claim("self-lesser", "kd/lesser", "kd_self/*",
+          _compared("distillation from the other teacher, {a},", "distillation from such a student"), "self"),
 
     Claim("earlier-recipe", "scratch", "scratch_earlier_recipe",
           _effect("the recipe of this report, in place of the earlier submission's,"), "earlier"),
@@ -184,7 +188,11 @@ CLAIMS = (
 
     Claim("tuned", "kd_tuned/*", "kd/*",
           _compared("distillation from {a}, tuned for it,", "that with the common temperature and weight"), "losses"),
-    Claim("tuned-scratch", "kd_tuned/*", "scratch", _effect("so tuned, distillation from {a}"), "losses"),
+    Claim("tuned-scratch", "kd_tuned/*", "scratch",
+          _effect("with temperature and weight tuned for it, distillation from {a}"), "losses"),
+    Claim("tuned-stronger", "kd_tuned/stronger", "kd_tuned/weaker",
+          _compared("distillation from the more accurate teacher, {a}, tuned for it,",
+                    "that from the other, {b}, tuned for it"), "losses"),
     Claim("dkd", "dkd/*", "kd_tuned/*",
           _compared("distillation from {a} by DKD", "that by the loss of Hinton et al. tuned alike"), "losses"),
     Claim("dist", "dist/*", "kd_tuned/*",
@@ -192,24 +200,24 @@ CLAIMS = (
     Claim("standardized", "kd_standardized/*", "kd_tuned/*",
           _compared("distillation from {a} with standardised logits", "that with the logits as they are"),
           "losses"),
+    Claim("dkd-common", "dkd/*", "kd/*",
+          _compared("DKD", "the loss of Hinton et al. with the common temperature and weight"), "losses"),
+    Claim("dist-common", "dist/*", "kd/*",
+          _compared("DIST", "the loss of Hinton et al. with the common temperature and weight"), "losses"),
+    Claim("standardized-common", "kd_standardized/*", "kd/*",
+          _compared("distillation by standardised logits",
+                    "that by the logits as they are with the common temperature and weight"), "losses"),
 
     Claim("longer-scratch", "scratch@long", "scratch", _effect("training from scratch for {long} epochs"), "budget"),
     Claim("longer-kd", "kd/*@long", "scratch@long",
           _effect("when both are trained for {long} epochs, distillation from {a}"), "budget"),
+    Claim("longer-better", "kd/better@long", "scratch",
+          _effect("distillation from {a} for {long} epochs, in place of {epochs} from scratch,"), "budget"),
     Claim("longer-two", f"kd_mean_prob/{BOTH}@long", "scratch@long",
           _effect("when both are trained for {long} epochs, distillation from both teachers"), "budget"),
     Claim("longer-two-better", f"kd_mean_prob/{BOTH}@long", "kd/better@long",
           _compared("{long} epochs of distillation from both teachers", "as many from {b} alone"),
           "budget"),
-    Claim("knowledge-or-epochs", "kd/*", "scratch@long", _answered(
-        helps="{epochs} epochs of distillation from {a} are worth more than {long} from scratch{little} {numbers}.",
-        hurts="{epochs} epochs of distillation from {a} are worth less than {long} from scratch{little} {numbers}.",
-        equivalent="{epochs} epochs of distillation from {a} and {long} from scratch end within a point of each other "
-                   "{numbers}.",
-        not_separable="these seeds cannot tell {epochs} epochs of distillation from {a} from {long} from scratch "
-                      "{numbers}.",
-        too_few_seeds="there are too few seeds to tell {epochs} epochs of distillation from {a} from {long} from "
-                      "scratch {numbers}."), "budget"),
     Claim("gain-longer", "kd/*@long - scratch@long", "kd/* - scratch", _answered(
         helps="with {a} the gain is larger at {long} epochs than at {epochs}{little} {numbers}.",
         hurts="with {a} the gain is smaller at {long} epochs than at {epochs}{little} {numbers}.",
@@ -224,8 +232,9 @@ CLAIMS = (
     Claim("freeze-resnet18", "freeze_last_block/resnet18", "freeze_last_layer/resnet18",
           _effect("training ResNet-18's last block, and not its last layer alone,", "its test accuracy"), "freeze"),
 
-    Claim("unlabelled", "kd_unlabelled/*", "scratch@extra",
-          _effect("with as many steps, distillation from {a} on labelled and unlabelled images"), "unlabelled"),
+    Claim("unlabelled", "kd_unlabelled/*", "scratch",
+          _effect("distillation from {a} on labelled and unlabelled images, in place of {epochs} epochs from scratch "
+                  "on the labelled ones,"), "unlabelled"),
     Claim("unlabelled-kd", "kd_unlabelled/*", "kd/*@extra", _answered(
         helps="that is more than distillation from {b} on the labelled images alone gives in as many steps"
               "{little} {numbers}.",
@@ -262,24 +271,31 @@ STUDY = ("controls", "memory", "self", "earlier", "losses", "budget")  # the gro
 def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
     """What report.tex reads of the claims: key -> text, from the rows of results.csv and the provenance.
 
-    - `claim/<name>`: the claim's sentence, or sentences
+    - `claim/<name>`: the claim's sentence, or sentences; `short/<name>`: the same without the numbers
     - `group/<name>`: there for every group of claims that can be made, and `group/study` for any of `STUDY`
     - `better/words`: the single teacher whose students have the higher accuracy on validation images
-    - `words/smoothed`: which student is the control with label smoothing; `words/primary`: how many comparisons
+    - `words/smoothed`: which student is the control with label smoothing; `words/primary`: how many comparisons are
+      primary; `words/exploratory`: how many others the sentences speak of
 
     A group other than the core is left out when none of the arms is there that only it speaks of. Raises `UserError`
     naming the claim when an arm of it is missing otherwise, and when no outcome fits its numbers.
     """
     rows = _Rows(results, provenance.get("settings", {}))
     groups = {CORE: None} | {claim.group: None for claim in CLAIMS if rows.has_any_of(claim.group)}
-    adjusted = _adjusted(rows)
-    values = {f"claim/{claim.name}": _sentences(claim, rows, adjusted) for claim in CLAIMS if claim.group in groups}
+    adjusted, told = _adjusted(rows), [claim for claim in CLAIMS if claim.group in groups]
+    by_teacher = {claim.name: _by_teacher(claim, rows) for claim in told}
+    values = {}
+    for name, claims in by_teacher.items():
+        values[f"claim/{name}"] = _sentences(claims, rows, adjusted)
+        values[f"short/{name}"] = _sentences(claims, rows, adjusted, short=True)
     values |= {f"group/{group}": "yes" for group in groups}
     if groups.keys() & set(STUDY):
         values["group/study"] = "yes"
     with_it = f"which is trained with label smoothing {rows.smoothing:g}"
     values["words/smoothed"] = f"the student from scratch, {with_it}" if rows.smoothing else "a student of its own"
-    values["words/primary"] = ("No", "One", "Two", "Three", "Four")[len(adjusted)]
+    values["words/primary"] = ("No", "One", "Two", "Three", "Four")[len(_primary(rows))]
+    compared = {(one.metric, *_pair(one.a, one.b, rows)) for claims in by_teacher.values() for one in claims}
+    values["words/exploratory"] = str(len(compared - {("accuracy", *pair) for pair in adjusted}))
     return values | {"better/words": teacher_words(rows.roles["better"])}
 
 
@@ -301,7 +317,8 @@ def primary_table(
         for run, accuracy in zip(runs, column(runs, dataset, part, "accuracy"), strict=True)
     ]), settings.identity())  # fmt: skip
     lines = []
-    for claim, adjusted in zip(_primary(rows), _adjusted(rows).values()):
+    adjusted = _adjusted(rows)
+    for claim in _primary(rows):
         a, b = (rows.by_seed(side, claim) for side in (claim.a, claim.b))
         found, runs = compare(a, b), [trained[rows.resolved(side)] for side in (claim.a, claim.b)]
         seeds = [seed for seed in a if seed in b]
@@ -316,7 +333,7 @@ def primary_table(
             "Comparison": words[:1].upper() + words[1:], "Difference": signed(found.mean),
             "Over seeds": _interval(found), "Over teacher runs": _interval(by_run),
             "Over images": bootstrap_text(runs[0], runs[1], dataset), "n": found.n,
-            "p": _probability(_p_value(claim, rows)), "p (Holm)": _probability(adjusted),
+            "p": _probability(_p_value(claim, rows)), "p (Holm)": _probability(adjusted[_pair(claim.a, claim.b, rows)]),
         })  # fmt: skip
     return pd.DataFrame(lines)
 
@@ -329,12 +346,15 @@ def _primary(rows: _Rows) -> list[Claim]:
     return [claim for claim in CLAIMS if claim.name in PRIMARY and rows.has_any_of(claim.group)]
 
 
-def _adjusted(rows: _Rows) -> dict[str, float]:
-    """The adjusted p-values of the primary comparisons, by name; two that compare the same arms count once."""
-    pairs = {claim.name: (rows.resolved(claim.a), rows.resolved(claim.b)) for claim in _primary(rows)}
-    p_values = {pairs[claim.name]: _p_value(claim, rows) for claim in _primary(rows)}
-    adjusted = dict(zip(p_values, metrics.holm(list(p_values.values()))))
-    return {name: adjusted[pair] for name, pair in pairs.items()}
+def _pair(a: str, b: str, rows: _Rows) -> tuple[tuple[str, ...], ...]:
+    """Which runs two sides of a claim compare, however it names them."""
+    return tuple(tuple("/".join(rows.named(term)) for term in side.split(" - ")) for side in (a, b))
+
+
+def _adjusted(rows: _Rows) -> dict[tuple, float]:
+    """The adjusted p-values of the primary comparisons, by their pair; two that compare the same arms count once."""
+    p_values = {_pair(claim.a, claim.b, rows): _p_value(claim, rows) for claim in _primary(rows)}
+    return dict(zip(p_values, metrics.holm(list(p_values.values()))))
 
 
 def _p_value(claim: Claim, rows: _Rows) -> float:
@@ -440,33 +460,46 @@ def _terms(claim: Claim) -> list[str]:
     return [term for side in (claim.a, claim.b, claim.share) if side for term in side.split(" - ")]
 
 
-def _sentences(claim: Claim, rows: _Rows, adjusted: Mapping[str, float]) -> str:
+def _by_teacher(claim: Claim, rows: _Rows) -> list[Claim]:
+    """The claim once for each teacher that its `*` stands for."""
     # the teachers that count are those of the arm that only this group speaks of
     starred = min((term for term in _terms(claim) if "*" in term), key=lambda term: term == "kd/*", default="")
     teachers = rows.teachers_of(starred) if starred else [""]
     if not teachers:
         raise UserError(_lacking(claim, starred.replace("/*", "")))
-    return " ".join(_sentence(claim, rows, taught_by, adjusted.get(claim.name, math.nan)) for taught_by in teachers)
+    sides = {name: getattr(claim, name) for name in ("a", "b", "share")}
+    return [claim._replace(**{name: side.replace("*", by) for name, side in sides.items()}) for by in teachers]
 
 
-def _sentence(claim: Claim, rows: _Rows, taught_by: str, adjusted: float) -> str:
-    a, b, share = (side.replace("*", taught_by) for side in (claim.a, claim.b, claim.share))
+def _sentences(claims: Sequence[Claim], rows: _Rows, p_values: Mapping[tuple, float], short: bool = False) -> str:
+    """What to say of a claim, by teacher; p_values: the adjusted ones, by pair. Short: without the numbers."""
+    found = [_wording(claim, rows, p_values) for claim in claims]
+    wording, words = found[0]
+    if len(found) == 2 and "{b}" not in wording and len({(text, more["little"]) for text, more in found}) == 1:
+        numbers = "; ".join(f"{more['a']}: {more['numbers']}" for _, more in found)
+        found = [(wording, words | {"a": "either ResNet", "numbers": numbers})]
+    texts = [wording.replace(" {numbers}", "" if short else " ({numbers})").format(**words) for wording, words in found]
+    return " ".join(text[:1].upper() + text[1:] for text in texts)
+
+
+def _wording(claim: Claim, rows: _Rows, p_values: Mapping[tuple, float]) -> tuple[str, dict[str, Any]]:
+    """How to say a claim without `*`, and the words to put in."""
+    a, b, share = claim.a, claim.b, claim.share
     measure = MEASURES[claim.metric]
     values = [rows.by_seed(side, claim) for side in (a, b)]
+    adjusted = p_values.get(_pair(a, b, rows), math.nan) if claim.metric == "accuracy" else math.nan
     try:
         found = compare(*values)
         outcome = metrics.outcome(_flipped(found) if measure.lower_is_better else found, measure.margin, adjusted)
     except ValueError as error:
         raise UserError(f"claim {claim.name}: no wording fits ({error}); look at {a} and {b} in results.csv") from error
     shown = math.nan if outcome == "equivalent" else adjusted  # a p-value is about a difference from zero
-    words = {
+    return claim.say[outcome], {
         "a": _taught_by(a, rows), "b": _taught_by(b, rows), "c": _taught_by(share, rows) if share else "",
-        "numbers": f"({_numbers(found, measure, shown)})", "epochs": rows.epochs, "long": rows.long,
+        "numbers": _numbers(found, measure, shown), "epochs": rows.epochs, "long": rows.long,
         "little": ", by less than a point" if _is_little(found, measure.margin) else "",
         "share": _share(share, values, claim, rows) if share else "",
     }  # fmt: skip
-    text = claim.say[outcome].format(**words)
-    return text[:1].upper() + text[1:]
 
 
 def _flipped(difference: Difference) -> Difference:

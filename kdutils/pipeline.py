@@ -33,7 +33,7 @@ from kdutils.settings import (
     logits_file,
     shown_path,
 )
-from kdutils.study import tuned_words
+from kdutils.study import earlier_words, tuned_words
 from kdutils.teachers import check_space, check_weights, save_logits
 
 TRAINED_PARTS = ("last_layer", "last_block", "all")  # the arms that are ResNets: not paired with students
@@ -181,7 +181,6 @@ def export(settings: Settings, out: Path) -> Path:
     report.export_notebooks(notebooks, generated)
     for name in ("results.csv", "provenance.json", "timings.csv"):
         shutil.copyfile(settings.run_folder / name, generated / name)
-    report.write_macros(macros(results, provenance), generated)
     if out == report.REPORT:
         for path in notebooks:
             _copy_notebook(path, out / "notebooks" / path.name)
@@ -204,9 +203,10 @@ def macros(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, st
 
 
 def typeset(generated: Path, pdf: Path) -> Path:
-    """Typeset what lies in `generated` into `pdf`."""
-    if not (generated / "macros.tex").is_file():
+    """Typeset what lies in `generated` into `pdf`, with all that report.tex reads by name made of the rows anew."""
+    if not (generated / "notebooks.tex").is_file():
         raise UserError(f"report: {shown_path(generated)} holds nothing to typeset; run `make report` first")
+    report.write_macros(macros(read_results(generated), _read_provenance(generated)), generated)
     for box in report.build_pdf(report.REPORT, generated, pdf):
         print(f"report: {box}")
     return pdf
@@ -232,13 +232,18 @@ def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
             "These numbers say nothing about photographs."
         )
     elif not data["is_cifar10"]:
-        about_data = f"The images are not CIFAR-10 itself but: {data['name']}."
+        about_data = f"The images are not those of CIFAR-10 itself: {data['name']}."
     standins = [
         f"{report.WORDS[arch]}: {facts['description']}" for arch, facts in weights.items() if facts["is_standin"]
     ]
     about_weights = "Stand-in weights in place of ImageNet's: pre-trained on other, fewer images." if standins else ""
     words = {"notice/data": about_data, "notice/weights": about_weights, "words/standins": "; ".join(standins)}
-    words["words/tuned"] = tuned_words()
+    words |= {"words/tuned": tuned_words(), "words/earlier": earlier_words()}
+    if any("crops" in facts["description"] for facts in weights.values()):
+        words["words/crops"] = (
+            "Crops are random parts of the images, reduced to the size that is named, as the images of the ten classes "
+            "are, and enlarged again."
+        )
     words |= _limits(data, any(facts["is_standin"] for facts in weights.values()))
     words["student/parameters"] = f"{parameter_count(SmallCNN()):,}"
     views = {facts["views_trained"] for facts in weights.values()}

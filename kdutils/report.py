@@ -305,7 +305,10 @@ def write_macros(values: Mapping[str, str], out: Path) -> None:
     for key in values:
         if not re.fullmatch(r"[A-Za-z0-9_./+-]+", key):
             raise UserError(f"macro: {key!r} cannot be a key; use letters, digits and _ . / + -")
-    lines = [rf"\expandafter\def\csname kd@val@{key}\endcsname{{{tex(values[key])}}}" for key in sorted(values)]
+    texts = {key: tex(value) for key, value in values.items()}
+    if "command" in texts:  # a shell takes straight quotes alone
+        texts["command"] = texts["command"].replace("'", r"\textquotesingle{}")
+    lines = [rf"\expandafter\def\csname kd@val@{key}\endcsname{{{texts[key]}}}" for key in sorted(texts)]
     write_text(out / "macros.tex", "\n".join(lines) + "\n")
 
 
@@ -314,9 +317,9 @@ def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[
 
     - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}`, at the report's budget; `long/...` and `extra/...` at
       the others (see `at_budget`); the teachers of tasks 3 and 4 also as `teacher/<arch>/...`
-    - `gap/<arch>`: test accuracy of a teacher minus that of the student from scratch, in points, of means;
-      `covered/<arch>`: which per cent of it the student distilled from that teacher has, if the teacher is better
-    - `best/{words,pm}`: the student of the highest mean test accuracy at the report's budget
+    - `gap/<arch>`: test accuracy of a teacher minus that of the student from scratch, in points, of means
+    - `best/{words,pm}`: the student of the highest mean validation accuracy at the report's budget, its test accuracy
+    - `words/unlabelled`: how many images the arm with unlabelled images has beside the labelled ones
     - `settings/...` and all else in the provenance, by its path; `words/...`: counts with their nouns
     """
     settings = provenance.get("settings", {})
@@ -327,19 +330,20 @@ def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[
             values["words/long_epochs"] = counted(int(rows.epochs.iloc[0]), "epoch")
         values |= _row_values(with_teachers(rows, settings), which)
     main = at_budget(results, "", settings.get("epochs"))
-    accuracy = main[(main.split == "test") & (main.metric == "accuracy") & ~main.task.isin(("2", "extra"))]
+    accuracy = main[(main.metric == "accuracy") & ~main.task.isin(("2", "extra"))]
+    on_val = accuracy[accuracy.split == "val"].groupby(["arm", "teachers"]).value.mean()
+    accuracy = accuracy[accuracy.split == "test"]
     arms: dict[Any, pd.Series] = {keys: rows.value for keys, rows in accuracy.groupby(["arm", "teachers"])}
-    if arms:
-        best = max(arms, key=lambda keys: arms[keys].mean())
+    if len(on_val):
+        best = on_val.idxmax()
         values |= {"best/words": _arm_words(*best), "best/pm": _spread(arms[best], True)["pm"]}
+    if len(all_labels := results[results.arm == "scratch_all_labels"]):
+        values["words/unlabelled"] = f"{int(all_labels.labels.iloc[0]) - settings['train_size']:,}"
     teachers = with_teachers(main, settings)
     teachers = teachers[(teachers.arm == "teacher") & (teachers.split == "test") & (teachers.metric == "accuracy")]
     if ("scratch", "") in arms:
         gaps = 100 * (teachers.groupby("teachers").value.mean() - arms["scratch", ""].mean())
         values |= {f"gap/{arch}": signed(points) for arch, points in gaps.items()}
-        gains = {arch: 100 * (arms["kd", arch].mean() - arms["scratch", ""].mean()) for arch in gaps.index
-                 if ("kd", arch) in arms and gaps[arch] > 0}  # fmt: skip
-        values |= {f"covered/{arch}": signed(100 * gain / gaps[arch], 0).lstrip("+") for arch, gain in gains.items()}
     return values
 
 

@@ -32,6 +32,8 @@ EARLIER_RECIPE: dict[str, Any] = {
     "weight_decay": 0.0, "label_smoothing": 0.0,
 }  # fmt: skip
 EARLIER_TEMPERATURE, EARLIER_ALPHA = 4.0, 0.8
+EARLIER_AREA, EARLIER_ROTATION = (0.8, 1.0), 30
+EARLIER_RANDAUGMENT = {"num_ops": 2, "magnitude": 7}
 DRAWS = 15  # random draws of the earlier submission's augmentation that are kept of every image
 # the best of twelve trials each on validation images (report/sweeps/cifar10-standin)
 TUNED: dict[str, dict[str, Any]] = {  # the loss of Hinton et al., by teacher
@@ -159,14 +161,14 @@ class Study:
 
 def earlier_augmentation(images: Tensor, draws: int, seed: int) -> Tensor:
     """Random draws uint8 [N, V, H, W, 3] of images uint8 [N, 3, H, W], as the earlier submission augmented them:
-    random resized crop (80 to 100 % of the area), flip, rotation by up to 30 degrees, RandAugment (2 operations of
-    magnitude 7; Cubuk et al. 2020, arXiv:1909.13719). The global random state is left alone.
+    random resized crop, flip, rotation, RandAugment (Cubuk et al. 2020, arXiv:1909.13719), by the constants above. The
+    global random state is left alone.
     """
     transforms = ensure_torchvision().transforms
     augment = transforms.Compose([
-        transforms.RandomResizedCrop(images.shape[-1], scale=(0.8, 1.0), antialias=True),
-        transforms.RandomHorizontalFlip(), transforms.RandomRotation(30),
-        transforms.RandAugment(num_ops=2, magnitude=7),
+        transforms.RandomResizedCrop(images.shape[-1], scale=EARLIER_AREA, antialias=True),
+        transforms.RandomHorizontalFlip(), transforms.RandomRotation(EARLIER_ROTATION),
+        transforms.RandAugment(**EARLIER_RANDAUGMENT),
     ])  # fmt: skip
     out = torch.empty(len(images), draws, *images.shape[2:], 3, dtype=torch.uint8)
     with torch.random.fork_rng(devices=[]):
@@ -315,6 +317,19 @@ def tuned_words() -> str:
         words = {"dkd": "DKD", "dist": "DIST", "kd_standardized": "standardised logits"}[name]
         texts[f"{words} (its own {own})" if own else words] = values
     return "; ".join(f"{of} T = {values['temperature']:g}, α = {values['alpha']:g}" for of, values in texts.items())
+
+
+def earlier_words() -> str:
+    """The earlier submission's recipe and augmentation."""
+    recipe, (least, most) = EARLIER_RECIPE, (100 * share for share in EARLIER_AREA)
+    return (
+        f"{WORDS[recipe['optimizer']]} with a {recipe['schedule']} learning rate of {recipe['learning_rate']:g}, "
+        f"weight decay {recipe['weight_decay']:g}, batches of {recipe['batch_size']}, label smoothing "
+        f"{recipe['label_smoothing']:g}, {recipe['epochs']} epochs; in distillation T = {EARLIER_TEMPERATURE:g}, "
+        f"α = {EARLIER_ALPHA:g}; {DRAWS} stored draws of every image, each a random crop of {least:g} to {most:g} % of "
+        f"the area, flipped or not, rotated by up to {EARLIER_ROTATION} degrees and changed by RandAugment "
+        f"({EARLIER_RANDAUGMENT['num_ops']} operations of magnitude {EARLIER_RANDAUGMENT['magnitude']})"
+    )
 
 
 @lru_cache(maxsize=1)

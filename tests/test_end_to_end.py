@@ -107,6 +107,11 @@ def test_the_report_is_built(settings, parameters, tmp_path, monkeypatch):
         ).stdout
         assert "Generated data, demonstration" in " ".join(page.split())
         assert "Stand-in weights" in " ".join(page.split())
+    macros = tmp_path / "generated" / "macros.tex"
+    text = macros.read_text(encoding="utf-8")
+    macros.write_text("of an earlier version", encoding="utf-8")
+    assert main(["report", "--pdf-only", "--out", str(tmp_path)]) == 0
+    assert macros.read_text(encoding="utf-8") == text
 
 
 def test_a_report_of_other_settings_is_refused(settings, parameters, tmp_path):

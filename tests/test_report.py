@@ -182,8 +182,8 @@ def test_captions_cells_values_and_code_are_typeset_as_they_are(tmp_path, shown)
     report.show_table(pd.DataFrame({NASTY: [NASTY], "n": [1.5]}), "scores", NASTY)
     out = tmp_path / "generated"
     report.export_notebooks([a_notebook(tmp_path / "01_nasty_name.ipynb", shown)], out)
-    report.write_macros({"some/key_1": "68.60 ± 0.21 −1.00 --seeds '[0]' \"q\""}, out)
-    body = r"\putfloat{curves}\putfloat{scores} \val{some/key_1} \tab{scores} \foreachnotebook{-code}"
+    report.write_macros({"some/key_1": '68.60 ± 0.21 −1.00 --seeds "q"', "command": "run -p seeds '[0]'"}, out)
+    body = r"\putfloat{curves}\putfloat{scores} \val{some/key_1} \val{command} \tab{scores} \foreachnotebook{-code}"
     folder = a_report(tmp_path / "report", body)
     report.build_pdf(folder, out, tmp_path / "a.pdf")
     report.build_pdf(folder, out, tmp_path / "b.pdf")
@@ -191,6 +191,7 @@ def test_captions_cells_values_and_code_are_typeset_as_they_are(tmp_path, shown)
     text = subprocess.check_output(["pdftotext", "-layout", tmp_path / "a.pdf", "-"], encoding="utf-8")
     assert f"Figure 1: {NASTY} αβ ≤ [U+732B]" in text and f"Table 1: {NASTY}" in text
     assert "68.60 ± 0.21 −1.00 --seeds" in text and '"q"' in text
+    assert "-p seeds '[0]'" in text  # a shell can read it
     assert "A title (01_nasty_name)" in text and "Part 50% of it" in text
     assert "show(50 % 1, " in text and "{x}" in text
     assert text.count(NASTY) == 4
@@ -227,14 +228,27 @@ def test_values_are_in_per_cent_and_words_follow_the_numbers():
     assert values["kd/resnet50/test/accuracy/pm"] == "71.00 ± 1.00"
     assert values["scratch//test/accuracy/seeds"] == "3 seeds" and values["scratch//test/nll/mean"] == "0.312"
     assert values["teacher/resnet50/test/accuracy/mean"] == "80.50"
-    assert values["gap/resnet50"] == "+11.67" and values["covered/resnet50"] == "19"  # 2.17 of 11.67 points
-    better = report.result_values(some_results(scratch=(0.9, 0.9)), {"settings": settings})
-    assert better["gap/resnet50"] == "−9.50" and "covered/resnet50" not in better  # no way to cover
-    assert values["best/words"] == "student distilled from one teacher (ResNet-50)"
+    assert values["gap/resnet50"] == "+11.67"
+    assert report.result_values(some_results(scratch=(0.9, 0.9)), {"settings": settings})["gap/resnet50"] == "−9.50"
     assert values["settings/temperature"] == "4" and values["settings/train_size"] == "9,000"
     assert values["settings/optimizer"] == "AdamW" and values["data/name"] == "x"
     assert values["words/views"] == "18 views" and values["words/epochs"] == "1 epoch"
     assert values["resnet50/trainable-words"] == "the whole network"
+
+
+def test_the_best_student_is_the_best_on_validation_images():
+    test = some_results()
+    val = test.assign(split="val", value=test.value.where(test.arm != "scratch", 0.99))
+    values = report.result_values(pd.concat([test, val]), {"settings": {"epochs": 2}})
+    assert values["best/words"] == "student from scratch" and values["best/pm"] == values["scratch//test/accuracy/pm"]
+
+
+def test_how_many_images_had_no_label():
+    results = some_results()
+    everything = results[results.arm == "scratch"].assign(arm="scratch_all_labels", task="extra", labels=5100)
+    settings = {"epochs": 2, "train_size": 100}
+    assert report.result_values(pd.concat([results, everything]), {"settings": settings})["words/unlabelled"] == "5,000"
+    assert "words/unlabelled" not in report.result_values(results, {"settings": settings})
 
 
 def test_what_stays_on_one_line():
@@ -300,7 +314,10 @@ def test_the_pictures_that_a_readme_shows_are_the_notebooks_figures(tmp_path):
 
 def test_the_results_table_shows_once_what_a_later_task_repeats():
     results = some_results()
-    again, new = results[results.arm == "scratch"].assign(task="extra"), results[results.arm == "kd"].assign(arm="other")
+    again, new = (
+        results[results.arm == "scratch"].assign(task="extra"),
+        results[results.arm == "kd"].assign(arm="other"),
+    )
     repeated = pd.concat([again, results, new.assign(task="extra")])
     found = report.results_table(repeated)
     assert found.iloc[:-1].equals(report.results_table(results))

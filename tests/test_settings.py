@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
+import re
 
 import hypothesis
 import pytest
 import torch
+import yaml
 from conftest import message_of
 from hypothesis import strategies as st
 
@@ -50,6 +52,15 @@ def test_every_profile_loads(profile):
 
 def test_the_profiles_of_the_documentation_are_there():
     assert {"demo", "cifar10", "cifar10-standin"} <= {path.stem for path in PROFILES.glob("*.yaml")}
+
+
+def test_the_default_profile_names_every_setting_and_the_defaults_it_leaves_as_they_are():
+    text = (PROFILES / "cifar10.yaml").read_text(encoding="utf-8")
+    settings = {field.name: field.default for field in dataclasses.fields(Settings) if field.name != "profile"}
+    left = yaml.safe_load("\n".join(re.findall(r"^# ([a-z]\w*: .*)$", text, flags=re.MULTILINE)))
+    assert yaml.safe_load(text).keys() | left.keys() == settings.keys()
+    assert {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()
+            if name in left} == left  # fmt: skip
 
 
 @pytest.mark.parametrize("profile", ["demmo", "", None, 3, "nowhere.yaml", "Makefile", "notebooks/profiles"])
