@@ -50,6 +50,8 @@ help:
 	@echo 'Any parameter of the notebooks:'
 	@echo '    make report PARAMS="-p epochs 60 -p temperature 2"'
 	@echo '    make demo PARAMS="-p seeds [0]"'
+	@echo 'The demo with teachers that know something, in seven minutes:'
+	@echo '    make demo PARAMS="-p train_size 500 -p generated_images 6000 -p generated_epochs 4"'
 	@echo 'Another profile of notebooks/profiles, another Python:'
 	@echo '    make report PROFILE=cifar10-standin DATA=folder:data/cifar10-jpeg WEIGHTS=weights'
 	@echo '    make setup PYTHON=python3.12'

@@ -27,7 +27,7 @@ from kdutils.runs import (
 )
 from kdutils.settings import ROOT, UserError, shown_path
 from kdutils.training import History, Recipe, fit
-from kdutils.views import NUM_CROPS, crop_pixels
+from kdutils.views import NUM_CROPS, crop_pixels, make_views, view_pixels
 
 IMAGE_SIZE = 40  # images are kept at this size; crops of 40 to 100 % of their area are 25 to 40 pixels wide
 CROP_SIZE = 32  # and are resized to that of CIFAR-10's images: a teacher meets the same blur here and there
@@ -54,22 +54,28 @@ def default_recipe(epochs: int, batch_size: int, learning_rate: float | None, sc
 
 
 def pretrain(
-    how: Pretraining, train: Split, val: Split, num_classes: int, *, init: Mapping[str, Tensor] | None = None,
-    name: str | None = None, checkpoint: Path | None = None,
+    how: Pretraining, train: Split, val: Split, num_classes: int, *, crops: bool = True,
+    init: Mapping[str, Tensor] | None = None, name: str | None = None, checkpoint: Path | None = None,
 ) -> tuple[dict[str, Tensor], History]:  # fmt: skip
     """Train a ResNet on random crops of `train`; returns its state dict and the history.
 
     Every crop goes the way of a teacher's images: reduced to CROP_SIZE, enlarged to `how.size`. Images uint8
-    [N, 3, H, W] of any size above CROP_SIZE, on the device. `init`: a state dict to begin with; a last layer of
-    another width is dropped, and one of the same width must stand for the same classes. Raises `TrainingError` if
-    the loss is no number.
+    [N, 3, H, W] of any size above CROP_SIZE, on the device. Without crops, which short trainings learn slowly from:
+    whole images of CROP_SIZE, and their mirror images. `init`: a state dict to begin with; a last layer of another
+    width is dropped, and one of the same width must stand for the same classes. Raises `TrainingError` if the loss is
+    no number.
     """
     network = _network(how, num_classes, init)
     labels = train.labels
+    if crops:
+        pixels, num_views = partial(crop_pixels, train.images, size=CROP_SIZE), NUM_CROPS
+    else:
+        whole = make_views(train.images, max_shift=0, shift_step=1)
+        pixels, num_views = partial(view_pixels, whole), len(whole.table)
     history = fit(
-        network, lambda index, crop: normalise(crop_pixels(train.images, index, crop, CROP_SIZE)), labels,
-        lambda logits, index, crop: cross_entropy(logits, labels[index], label_smoothing=LABEL_SMOOTHING),
-        how.recipe, num_views=NUM_CROPS, seed=how.seed, validation=(_whole(val.images), val.labels),
+        network, lambda index, view: normalise(pixels(index, view)), labels,
+        lambda logits, index, view: cross_entropy(logits, labels[index], label_smoothing=LABEL_SMOOTHING),
+        how.recipe, num_views=num_views, seed=how.seed, validation=(_whole(val.images), val.labels),
         precision=how.precision, name=name or f"{how.arch}: pre-training", checkpoint=checkpoint,
     )  # fmt: skip
     return network.state_dict(), history

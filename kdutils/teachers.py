@@ -594,7 +594,7 @@ def _generated(arch: str, settings: Settings) -> tuple[Source, dict[str, Tensor]
     how = Pretraining(arch, settings.teacher_size, recipe, 0, settings.precision, settings.device)
     count = settings.generated_images
     key = {
-        "what": "pre-training on generated images", "classes": list(shapes.OTHER_SHAPES), "images": count,
+        "what": "pre-training on whole generated images", "classes": list(shapes.OTHER_SHAPES), "images": count,
         "arch": arch, "size": how.size, "recipe": dataclasses.asdict(recipe), "precision": how.precision,
     }  # fmt: skip
     made = resumable(settings.run_folder / "pretrained", arch, key, partial(_pretrain_generated, how, count))
@@ -615,5 +615,5 @@ def _pretrain_generated(how: Pretraining, count: int, checkpoint: Path) -> tuple
     )
     name = f"{how.arch}: pre-training on other shapes"
     with lower_if_out_of_memory(name, "teacher_size or generated_images"):
-        state, history = pretrain(how, train, val, len(names), name=name, checkpoint=checkpoint)
+        state, history = pretrain(how, train, val, len(names), crops=False, name=name, checkpoint=checkpoint)
     return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}, {"history": history}

@@ -17,7 +17,7 @@ from torchvision import models as zoo
 
 import kdutils.__main__ as command_line
 from kdutils import pretraining, training
-from kdutils.data import read_image
+from kdutils.data import Split, read_image
 from kdutils.models import backbone_source, load_backbone, normalise
 from kdutils.pretraining import Pretraining, default_recipe, pretrain_on_folder
 from kdutils.training import predict
@@ -342,3 +342,17 @@ def test_there_is_nothing_to_train_on_without_classes(tmp_path):
         (tmp_path / "bare" / part).mkdir(parents=True)
     message = message_of(pretrain_on_folder, tmp_path / "bare", HOW, tmp_path / "out", runs=tmp_path / "runs")
     assert message.startswith("data: ") and str(tmp_path / "bare") in message
+
+
+def test_without_crops_it_learns_from_whole_images_and_their_mirror_images(monkeypatch):
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    split, seen = Split(images, torch.arange(6) % 3), []
+
+    def look(network, inputs, labels, *arguments, num_views, **options):
+        index = torch.arange(6).repeat(num_views)
+        seen.append(inputs(index, torch.arange(num_views).repeat_interleave(6)))
+        return {}
+
+    monkeypatch.setattr(pretraining, "fit", look)
+    pretraining.pretrain(HOW, split, split, 3, crops=False)
+    assert torch.equal(seen[0], normalise(torch.cat([images, images.flip(3)])))
