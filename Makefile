@@ -55,10 +55,10 @@ help:
 	@echo 'Another profile of notebooks/profiles, another Python:'
 	@echo '    make report PROFILE=cifar10-standin DATA=folder:data/cifar10-jpeg WEIGHTS=weights'
 	@echo '    make setup PYTHON=python3.12'
-	@echo 'The tables of a run, a picture classified by a student of it, that student as an ONNX file:'
+	@echo 'The tables of a run, a picture classified by a student of it, that student as one file:'
 	@echo '    .venv/bin/python -m kdutils results --profile demo'
 	@echo '    .venv/bin/python -m kdutils predict --profile demo cat.png'
-	@echo '    .venv/bin/python -m kdutils export --profile demo'
+	@echo '    .venv/bin/python -m kdutils export --profile demo --format torchscript'
 
 setup: $(stamp) tex
 

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:  # most often the environment that `make setup` made is not the active one
+    sys.exit(
+        f"error: {sys.executable} has no {error.name}; type: . .venv/bin/activate (make setup makes that environment)"
+    )
 
 from kdutils import __version__, pipeline
 from kdutils.export import SUFFIX, export_student
@@ -225,7 +230,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     if options.pdf_only:
-        folder = project_path(options.out) if options.out else REPORT
+        folder = project_path(options.out) if options.out else _run_folder(options)
         print(f"report: {shown_path(pipeline.typeset(folder / 'generated', folder / 'report.pdf'))}")
         return
     _make_report(_settings(options), options)

@@ -1,6 +1,8 @@
 """python -m kdutils: what is wrong is told in one line on stderr, with exit status 1, before anything is trained."""
 
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -93,6 +95,21 @@ def test_stopping_says_that_nothing_is_lost(monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "run", run)
     assert main(["run", "--profile", "demo"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_pdf_of_a_profile_is_that_profiles(monkeypatch, tmp_path):
+    typeset = []
+    monkeypatch.setattr(pipeline, "typeset", lambda generated, pdf: typeset.append((generated, pdf)) or pdf)
+    assert main(["report", "--pdf-only", "--profile", "demo"]) == 0
+    assert main(["report", "--pdf-only", "--profile", "demo", "--out", str(tmp_path)]) == 0
+    assert typeset == [(folder / "generated", folder / "report.pdf") for folder in (ROOT / "runs" / "demo", tmp_path)]
+
+
+def test_without_the_environment_one_line_says_how_to_get_it():
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('kdutils', run_name='__main__')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert "has no torch; type: . .venv/bin/activate" in run.stderr
 
 
 def test_an_error_of_the_program_is_not_hidden(monkeypatch):
