@@ -475,7 +475,8 @@ def _sentences(claims: Sequence[Claim], rows: _Rows, p_values: Mapping[tuple, fl
     """What to say of a claim, by teacher; p_values: the adjusted ones, by pair. Short: without the numbers."""
     found = [_wording(claim, rows, p_values) for claim in claims]
     wording, words = found[0]
-    if len(found) == 2 and "{b}" not in wording and len({(text, more["little"]) for text, more in found}) == 1:
+    besides = {text.format(**more | {"a": "", "numbers": ""}) for text, more in found}
+    if len(found) == 2 and len(besides) == 1:
         numbers = "; ".join(f"{more['a']}: {more['numbers']}" for _, more in found)
         found = [(wording, words | {"a": "either ResNet", "numbers": numbers})]
     texts = [wording.replace(" {numbers}", "" if short else " ({numbers})").format(**words) for wording, words in found]

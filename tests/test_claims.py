@@ -216,6 +216,14 @@ def test_the_share_of_the_distance_that_distillation_covers():
     assert "from ResNet-18 without them covers 50 % of that distance" in values(frame)["claim/all-labels"]
 
 
+def test_two_teachers_that_cover_different_shares_have_a_sentence_each():
+    arms = CORE_ARMS | STUDY_ARMS | {
+        ("extra", "kd_unlabelled", "resnet50", 30): 0.74, ("extra", "kd", "resnet50", 100): 0.73,
+    }  # fmt: skip
+    said = values(rows(arms))["claim/all-labels"]
+    assert len(set(re.findall(r"from (ResNet-\d+) without them covers (\d+) %", said))) == 2
+
+
 def test_the_exploratory_comparisons_are_counted():
     found = values(rows())
     # of the core: 11 of accuracy, less four primary ones, of which one has two names; NLL and ECE of three students each
