@@ -26,6 +26,7 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
+from kdutils import metrics
 from kdutils.results import LONG, at_budget
 from kdutils.runs import write_atomically, write_text
 from kdutils.settings import ARCHITECTURES, ROOT, UserError, counted, shown_path
@@ -376,7 +377,8 @@ def _normal(results: pd.DataFrame) -> pd.DataFrame:
 
 def _spread(column: pd.Series, per_cent: bool) -> dict[str, str]:
     scale, decimals = (100, 2) if per_cent else (1, 3)
-    mean, sd, n = scale * column.mean(), scale * column.std(), len(column)
+    # scaled before the mean, as in the notebooks' tables: a number is not rounded here one way and there another
+    (mean, sd), n = metrics.mean_sd([scale * value for value in column]), len(column)
     known = {"mean": f"{mean:.{decimals}f}", "n": str(n), "seeds": counted(n, "seed")}
     if math.isnan(sd):
         return known | {"sd": "unknown", "pm": known["mean"]}

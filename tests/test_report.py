@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 
 from kdutils import figures, report
 from kdutils.claims import CLAIMS, CORE
+from kdutils.results import spread
 from kdutils.settings import UserError
 
 NASTY = r"50% & $x_1$ #~^\{} <é|±>"
@@ -234,6 +235,12 @@ def test_values_are_in_per_cent_and_words_follow_the_numbers():
     assert values["settings/optimizer"] == "AdamW" and values["data/name"] == "x"
     assert values["words/views"] == "18 views" and values["words/epochs"] == "1 epoch"
     assert values["resnet50/trainable-words"] == "the whole network"
+
+
+def test_the_prose_rounds_a_mean_as_the_notebooks_tables_do():
+    accuracies = (0.1175, 0.126)  # their mean in per cent lies between two roundings
+    values = report.result_values(some_results(scratch=accuracies), {"settings": {"epochs": 2}})
+    assert values["scratch//test/accuracy/pm"] == spread(accuracies, percent=True) == "12.18 ± 0.60"
 
 
 def test_the_best_student_is_the_best_on_validation_images():
