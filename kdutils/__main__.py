@@ -14,13 +14,18 @@ except ModuleNotFoundError as error:  # most often the environment that `make se
         f"error: {sys.executable} has no {error.name}; type: . .venv/bin/activate (make setup makes that environment)"
     )
 
-from kdutils import __version__, pipeline
-from kdutils.export import SUFFIX, export_student
+from kdutils import __version__
+from kdutils.cache import disk_error
+from kdutils.lab.export import SUFFIX, export_student
+from kdutils.lab.predict import classify, find_student, load_student, prediction_lines, read_pictures
+from kdutils.lab.study import entries_of, run_study
+from kdutils.lab.sweeps import grid_sweep, read_sweep, run_sweep, sweep_table
 from kdutils.models import pretraining_facts, read_header
-from kdutils.predict import classify, find_student, load_student, prediction_lines, read_pictures
 from kdutils.pretraining import Pretraining, default_recipe, pretrain_on_folder
-from kdutils.report import REPORT, LatexMissing, text_table
-from kdutils.runs import disk_error
+from kdutils.report import batch as pipeline
+from kdutils.report.latex import REPORT, LatexMissing
+from kdutils.report.readme import PLACEHOLDER, stamp
+from kdutils.results.tables import text_table
 from kdutils.settings import (
     ARCHITECTURES,
     Settings,
@@ -32,9 +37,6 @@ from kdutils.settings import (
     project_path,
     shown_path,
 )
-from kdutils.stamp import PLACEHOLDER, stamp
-from kdutils.study import entries_of, run_study
-from kdutils.sweeps import grid_sweep, read_sweep, run_sweep, sweep_table
 
 EXAMPLES = {
     "": """
@@ -317,7 +319,7 @@ def _study(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from kdutils import bench, performance
+    from kdutils.lab import bench, performance
 
     # neither data nor weights are read, so a profile's weights may be absent
     settings = load_settings(options.profile, **_parameters(options) | {"weights": "imagenet"})

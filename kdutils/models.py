@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kdutils.cache import network_timeout
 from kdutils.compat import ensure_torchvision
-from kdutils.runs import network_timeout
 from kdutils.settings import UserError, project_path, shown_path, weights_file
 
 # ImageNet's mean and standard deviation of the channels (R, G, B), as torchvision's models expect them

@@ -12,12 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdutils.compat import ensure_torchvision
-from kdutils.data import Split, read_image_folder
-from kdutils.losses import cross_entropy
-from kdutils.models import cut, normalise, pretraining_facts, read_header, read_state, seeded, with_state
-from kdutils.runs import (
-    artefact_path,
+from kdutils.cache import (
+    cache_path,
     check_writable,
     fingerprint,
     lower_if_out_of_memory,
@@ -25,9 +21,13 @@ from kdutils.runs import (
     tensor_checksum,
     write_tensors,
 )
+from kdutils.compat import ensure_torchvision
+from kdutils.data.images import Split, read_image_folder
+from kdutils.data.views import NUM_CROPS, crop_pixels, make_views, view_pixels
+from kdutils.losses import cross_entropy
+from kdutils.models import cut, normalise, pretraining_facts, read_header, read_state, seeded, with_state
 from kdutils.settings import ROOT, UserError, shown_path
 from kdutils.training import History, Recipe, fit
-from kdutils.views import NUM_CROPS, crop_pixels, make_views, view_pixels
 
 IMAGE_SIZE = 40  # images are kept at this size; crops of 40 to 100 % of their area are 25 to 40 pixels wide
 CROP_SIZE = 32  # and are resized to that of CIFAR-10's images: a teacher meets the same blur here and there
@@ -127,7 +127,7 @@ def pretrain_on_folder(
         "recipe": dataclasses.asdict(how.recipe), "precision": how.precision, "init": about_init,
         "crop": CROP_SIZE, "label_smoothing": LABEL_SMOOTHING,
     }  # fmt: skip
-    _refuse_to_replace(path, artefact_path(folder, how.arch, key))
+    _refuse_to_replace(path, cache_path(folder, how.arch, key))
     check_writable(out, "--out")
     if before is not None and classes_of_init != data["checksum"]:
         # its outputs may stand for other classes, or the same in another order
@@ -178,10 +178,10 @@ def _read_init(path: Path | None) -> tuple[dict[str, Tensor] | None, dict[str, s
     return state, facts, data.get("checksum") if isinstance(data, dict) else None
 
 
-def _refuse_to_replace(path: Path, artefact_file: Path) -> None:
+def _refuse_to_replace(path: Path, cached_file: Path) -> None:
     """Hours of somebody's training are not written over; this training's own result may be."""
     if not path.exists():
         return
     own = pretraining_facts(read_header(path)).get("fingerprint")
-    if own is None or own != artefact_file.stem.rsplit("-", 1)[-1]:
+    if own is None or own != cached_file.stem.rsplit("-", 1)[-1]:
         raise UserError(f"--out: {shown_path(path)} is there already; give another folder, or move it away")

@@ -1,10 +1,16 @@
 """A batch run's progress in a terminal: one live line for each stage, and how long the whole may still take."""
 
+import io
 import math
+import os
 import re
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
 
 from kdutils.settings import ARCHITECTURES, Settings
 
@@ -71,3 +77,115 @@ class Batch:
         if self.last[:2] == (stage, epoch - 1):
             self.seconds = [*self.seconds[-20:], now - self.last[2]]
         self.last = stage, epoch, now
+
+
+class TrainingProgress:
+    """Shows a training's progress: a tqdm bar for people, plain lines for files and batch runs (one an epoch, and one
+    a minute in long epochs)."""
+
+    def __init__(self, name: str, epochs: int, steps: int, first: float):
+        self.name, self.epochs, self.steps, self.first = name, epochs, steps, first
+        self.start = self.shown = time.monotonic()
+
+    def __enter__(self) -> "TrainingProgress":
+        self.plain = open_progress_log()
+        self.bar = None
+        if self.plain is None:
+            # n counts epochs, by steps
+            form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]"
+            self.bar = _bar(desc=self.name, total=self.epochs, initial=self.first, bar_format=form)
+        return self
+
+    def step(self, epoch: int, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(1 / self.steps)
+        elif time.monotonic() - self.shown > 60:
+            self._line(f"epoch {epoch + 1}/{self.epochs}, step {step:,} of {self.steps:,}", epoch + step / self.steps)
+
+    def epoch(self, history: dict[str, list[float]]) -> None:
+        done, loss, accuracy = len(history["train_loss"]), history["train_loss"][-1], history["val_accuracy"][-1]
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, val {accuracy:.1%}", refresh=False)
+            self.bar.update(done - self.bar.n)  # exactly, whatever the steps' fractions came to
+        else:
+            self._line(f"epoch {done}/{self.epochs}, loss {loss:.3f}, val {accuracy:.1%}", done)
+
+    def _line(self, text: str, done: float) -> None:
+        self.shown = time.monotonic()
+        left = (self.shown - self.start) / (done - self.first) * (self.epochs - done)
+        print(f"{self.name}: {text}, {left:.0f} s left", file=self.plain, flush=True)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.plain not in (None, sys.stdout):
+            self.plain.close()
+
+
+def open_progress_log():
+    """Where plain progress lines go: the batch run's log, or stdout when nobody watches; None for a live bar."""
+    if "KDUTILS_PROGRESS" in os.environ:
+        return open(os.environ["KDUTILS_PROGRESS"], "a", encoding="utf-8")
+    return None if _is_watched() else sys.stdout
+
+
+def _is_watched() -> bool:
+    """Whether somebody sees a live bar: in a terminal, or in a notebook that can ask for input (papermill's cannot)."""
+    if _in_notebook():
+        from IPython import get_ipython
+
+        return getattr(get_ipython().kernel, "_allow_stdin", True)
+    return sys.stderr.isatty()
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules and type(sys.stdout).__module__.startswith("ipykernel")
+
+
+class _CellBar(tqdm):
+    """A bar that is one output of a notebook's cell, rewritten in place: a saved file holds its last state."""
+
+    output = None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        from IPython.display import display
+
+        shown = {"text/plain": str(self) if msg is None else msg}
+        if self.output is None:
+            self.output = display(shown, raw=True, display_id=True)
+        else:
+            self.output.update(shown, raw=True)
+
+
+def _bar(items=None, **options: Any) -> tqdm:
+    """A live bar that stays when it is done, in a terminal or in a notebook's cell."""
+    if _in_notebook():
+        return _CellBar(items, file=io.StringIO(), ncols=100, mininterval=0.5, ascii=False, **options)
+    return tqdm(items, file=sys.stdout, dynamic_ncols=True, **options)
+
+
+def progress_lines(items, name: str) -> Iterator:
+    """Go through `items` (a sequence) with a bar, or with a plain line about every ten seconds."""
+    plain = open_progress_log()
+    if plain is None:
+        yield from _bar(items, desc=name)
+        return
+    start = shown = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - shown > 10:
+            left = (now - start) / done * (len(items) - done)
+            print(f"{name}: {done}/{len(items)}, {left:.0f} s left", file=plain, flush=True)
+            shown = now
+    if plain is not sys.stdout:
+        plain.close()
+
+
+def tell(text: str) -> None:
+    """Print a line where somebody looks: through the log of a batch run, where there is one."""
+    if "KDUTILS_PROGRESS" in os.environ:
+        with open(os.environ["KDUTILS_PROGRESS"], "a", encoding="utf-8") as log:
+            print(text, file=log)
+    else:
+        print(text, flush=True)

@@ -166,12 +166,12 @@ class Settings:
 
     @property
     def run_folder(self) -> Path:
-        """Where every artefact of this profile's runs lies."""
+        """Where every cached result of this profile's runs lies."""
         return project_path(self.runs_dir) / Path(self.profile).stem
 
     @property
     def views(self) -> dict[str, int]:
-        """The enumerated views, for `kdutils.views.make_views` and for fingerprints."""
+        """The enumerated views, for `kdutils.data.views.make_views` and for fingerprints."""
         return {"max_shift": self.max_shift, "shift_step": self.shift_step}
 
     def of_teacher(self, arch: str, name: str) -> Any:

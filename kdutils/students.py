@@ -1,12 +1,8 @@
 """Students: an arm is a loss and its teachers; every arm is trained by the same `fit`, from paired seeds."""
 
-import ast
 import dataclasses
-import dis
 import functools
 import inspect
-import textwrap
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdutils.data import Dataset
+from kdutils.cache import Cached, cached, describe, lower_if_out_of_memory, resumable, source_of
+from kdutils.data.images import Dataset
+from kdutils.data.views import Pool, make_views, view_pixels
 from kdutils.losses import (
     combine_teachers,
     cross_entropy,
@@ -24,15 +22,13 @@ from kdutils.losses import (
     standardised_distillation_loss,
 )
 from kdutils.models import SmallCNN, normalise, seeded
-from kdutils.runs import Artefact, artefact, lower_if_out_of_memory, resumable
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher, TeacherRun
 from kdutils.training import History, Recipe, fit, memory_format, predict
-from kdutils.views import Pool, make_views, view_pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
+class Method:
     """One way to train the student.
 
     loss: `loss(student_logits, labels)` without teachers, `loss(student_logits, teacher_logits, labels)` with;
@@ -99,13 +95,13 @@ LOSSES: dict[str, Callable[[Settings], Callable[..., Tensor]]] = {  # of the arm
 }
 
 
-def named_arm(name: str, settings: Settings, teachers: Sequence[Teacher] = (), rule: str = "mean_prob") -> Arm:
+def named_method(name: str, settings: Settings, teachers: Sequence[Teacher] = (), rule: str = "mean_prob") -> Method:
     """The arm of a name in `LOSSES`, as the notebooks have it; two teachers are combined by the rule."""
     loss = LOSSES[name](settings)
     if len(teachers) < 2:
-        return Arm(name, loss, tuple(teachers))
+        return Method(name, loss, tuple(teachers))
     combine = functools.partial(combine_teachers, rule=rule, temperature=settings.temperature)
-    return Arm(f"{name}_{rule}", loss, tuple(teachers), combine)
+    return Method(f"{name}_{rule}", loss, tuple(teachers), combine)
 
 
 def student_recipe(settings: Settings) -> Recipe:
@@ -120,7 +116,7 @@ def student_recipe(settings: Settings) -> Recipe:
     )
 
 
-def train_students(arm: Arm, dataset: Dataset, settings: Settings, pool: Pool | None = None) -> list[StudentRun]:
+def train_students(arm: Method, dataset: Dataset, settings: Settings, pool: Pool | None = None) -> list[StudentRun]:
     """Train the student once per seed of the settings, or load what was trained under the same conditions.
 
     One seed fixes the initial weights, the order of the images and their views, in every arm alike. With a `pool` it is
@@ -130,22 +126,22 @@ def train_students(arm: Arm, dataset: Dataset, settings: Settings, pool: Pool | 
     return [_train_student(arm, dataset, settings, seed, pool) for seed in settings.seeds]
 
 
-def _file_name(arm: Arm, seed: int) -> str:
+def _file_name(arm: Method, seed: int) -> str:
     return "-".join([arm.name, *arm.teacher_names, f"seed{seed}"])
 
 
-def _called(arm: Arm, seed: int) -> str:
+def _called(arm: Method, seed: int) -> str:
     return f"{' '.join((arm.name, *arm.teacher_names))}, seed {seed}"
 
 
-def fit_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None) -> Artefact:
+def fit_student(arm: Method, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None) -> Cached:
     """One seed's student, or the one that was trained under the same conditions: its state, and its `history`.
 
     Test images are not looked at.
     """
     recipe = student_recipe(settings)
     key = {
-        "what": "student", "network": _code(SmallCNN), "loss": describe(arm.loss),
+        "what": "student", "network": source_of(SmallCNN), "loss": describe(arm.loss),
         "combine": describe(arm.combine) if arm.combine else None,
         "teachers": [teacher.run_for(seed).fingerprint for teacher in arm.teachers],
         "data": [dataset.part_checksums[part] for part in ("train", "val")], "views": settings.views,
@@ -174,7 +170,7 @@ def fit_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool:
     return resumable(settings.run_folder / "students", _file_name(arm, seed), key, make)
 
 
-def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None) -> StudentRun:
+def _train_student(arm: Method, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None) -> StudentRun:
     trained = fit_student(arm, dataset, settings, seed, pool)
 
     def make_logits() -> tuple[dict[str, Tensor], dict]:
@@ -185,7 +181,7 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, po
 
     logits_key = {"what": "student's logits", "student": trained.fingerprint, "data": dataset.checksum}
     name = f"{_file_name(arm, seed)}-logits"
-    found = artefact(settings.run_folder / "students", name, logits_key, make_logits).tensors
+    found = cached(settings.run_folder / "students", name, logits_key, make_logits).tensors
     logits = {part: tensor.to(settings.device) for part, tensor in found.items()}
     return StudentRun(
         arm.name, arm.teacher_names, seed, trained.facts["history"], logits, trained.tensors, trained.seconds,
@@ -194,7 +190,7 @@ def _train_student(arm: Arm, dataset: Dataset, settings: Settings, seed: int, po
 
 
 def fit_arguments(
-    arm: Arm, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None
+    arm: Method, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None
 ) -> dict[str, Any]:
     """What `fit` is given to train the student of an arm and seed, but for the network and where it is kept."""
     pixels: Callable[[Tensor, Tensor], Tensor]
@@ -247,7 +243,7 @@ def as_teacher(students: Sequence[StudentRun], dataset: Dataset, settings: Setti
             "data": dataset.part_checksums["train"], "views": settings.views, "precision": settings.precision,
         }  # fmt: skip
         name = f"{student.arm}-seed{student.seed}-views"
-        found = artefact(settings.run_folder / "students", name, key, functools.partial(label, student))
+        found = cached(settings.run_folder / "students", name, key, functools.partial(label, student))
         runs.append(TeacherRun(
             "student", "all", student.seed, student.history, student.logits,
             found.tensors["logits"].to(settings.device), student.seconds, found.fingerprint,
@@ -266,7 +262,7 @@ def student_network(state: dict[str, Tensor]) -> SmallCNN:
     return memory_format(model).eval()
 
 
-def _target(arm: Arm, labels: Tensor, seed: int) -> Tensor | None:
+def _target(arm: Method, labels: Tensor, seed: int) -> Tensor | None:
     """The logits float32 [N, V, C] that the student of this seed learns from."""
     if not arm.teachers:
         return None
@@ -274,68 +270,3 @@ def _target(arm: Arm, labels: Tensor, seed: int) -> Tensor | None:
     if arm.combine is None:
         return logits[0]
     return arm.combine(logits, labels=labels[:, None].expand(logits[0].shape[:2]))
-
-
-def describe(function: Callable, within: tuple[Callable, ...] = ()) -> dict:
-    """A function's identity for fingerprints: its code without docstring and comments, its defaults, what is bound to
-    it by `functools.partial`, and the functions and plain values from around it that it uses (`within`: its callers).
-
-    Raises `UserError` for what could change unnoticed: a lambda, a closure, anything bound or used that is neither a
-    plain value nor a function.
-    """
-    bound: dict[str, str] = {}
-    while isinstance(function, functools.partial):
-        if function.args:
-            raise UserError("loss: bind the parameters of a loss by name: partial(distillation_loss, temperature=4.0)")
-        bound = {name: _plain(name, value) for name, value in function.keywords.items()} | bound
-        function = function.func
-    if not inspect.isfunction(function) or function.__name__ == "<lambda>" or function.__closure__:
-        raise UserError(f"loss: {function!r} must be a plain function (`def`) that uses no variables of another one")
-    parameters = inspect.signature(function).parameters.values()
-    with_default = [p for p in parameters if p.default is not p.empty and p.name not in bound]
-    defaults = {p.name: _plain(p.name, p.default) for p in with_default}
-    around: dict[str, object] = {}
-    for name in _globals_used(function.__code__) & function.__globals__.keys():
-        value = function.__globals__[name]
-        module = getattr(value, "__module__", None) or ""
-        if inspect.ismodule(value) or inspect.isbuiltin(value) or module.partition(".")[0] == "torch":
-            continue
-        if not any(value is caller for caller in (*within, function)):
-            around[name] = describe(value, (*within, function)) if inspect.isfunction(value) else _plain(name, value)
-    return {"name": function.__qualname__, "code": _code(function), "bound": defaults | bound, "around": around}
-
-
-def describe_builder(build: Callable) -> dict:
-    """The identity of what builds a network, for fingerprints: its code, and the plain arguments bound to it."""
-    arguments: list[object] = []
-    while isinstance(build, functools.partial):
-        arguments += [repr(value) for value in build.args]
-        arguments += [f"{name}={value!r}" for name, value in build.keywords.items()]
-        build = build.func
-    return {"name": build.__qualname__, "code": _code(build), "arguments": arguments}
-
-
-def _globals_used(code: types.CodeType) -> set[str]:
-    """Names that a function reads from around it, comprehensions within included (attributes are not among them)."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    return names.union(*(_globals_used(inner) for inner in code.co_consts if inspect.iscode(inner)))
-
-
-def _plain(name: str, value: object) -> str:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    raise UserError(f"loss: it uses {name} = {value!r:.60}; use numbers and texts only, or pass it as an argument")
-
-
-def _code(defined: Callable) -> str:
-    """The code of a function or class without its docstrings and comments."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(defined)))
-    except (OSError, TypeError, SyntaxError) as error:
-        raise UserError(
-            f"loss: the source of {defined!r} cannot be read; define it with `def` in a file or cell"
-        ) from error
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)

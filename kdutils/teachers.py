@@ -11,26 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdutils import shapes
+from kdutils.cache import (
+    Cached,
+    cache_path,
+    cached,
+    fingerprint,
+    lower_if_out_of_memory,
+    read_cached,
+    resumable,
+    tensor_checksum,
+    write_cached,
+)
 from kdutils.compat import ensure_torchvision
-from kdutils.data import Dataset, Split, training_part
+from kdutils.data import shapes
+from kdutils.data.images import Dataset, Split, training_part
+from kdutils.data.views import Pool, ViewedImages, make_views, view_pixels, view_table
 from kdutils.losses import cross_entropy
 from kdutils.models import Source, backbone_source, cut, fold_batch_norms, load_backbone, normalise, with_state
 from kdutils.pretraining import Pretraining, pretrain
-from kdutils.runs import (
-    Artefact,
-    artefact,
-    artefact_path,
-    fingerprint,
-    lower_if_out_of_memory,
-    read_artefact,
-    resumable,
-    tensor_checksum,
-    write_artefact,
-)
+from kdutils.progress import progress_lines
 from kdutils.settings import ARCHITECTURES, Settings, UserError, logits_file, shown_path
-from kdutils.training import History, Recipe, autocast, fit, memory_format, predict, progress_lines
-from kdutils.views import Pool, ViewedImages, make_views, view_pixels, view_table
+from kdutils.training import History, Recipe, autocast, fit, memory_format, predict
 
 SETTING_OF = {  # how messages call the entries of a teacher's key
     "seeds": "teacher_seeds", "size": "teacher_size", "resize": "teacher_resize", "data": "data (checksum)",
@@ -138,7 +139,7 @@ def check_space(dataset: Dataset, settings: Settings, architectures: Sequence[st
         )
 
 
-def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) -> Artefact:
+def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) -> Cached:
     """One seed's fine-tuning for its history alone, scored on the validation images; test images are not looked at.
 
     Keeps the facts `history`, `trained_views` and `weights` (their checksum), and no network.
@@ -155,14 +156,14 @@ def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) 
 def prepare_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seeds: Iterable[int]) -> None:
     """Compute and keep the features that `try_fine_tuning` reads, unless it has done all of these seeds."""
     work = FineTuning(arch, dataset, settings)
-    if work.trainable == "all" or all(artefact_path(*work.trial(seed)).exists() for seed in seeds):
+    if work.trainable == "all" or all(cache_path(*work.trial(seed)).exists() for seed in seeds):
         return
     parts = [("val", 0)] + [("train", view) for view in range(work.trained_views)]
     for part, view in progress_lines(parts, f"{arch}: features of every view"):
         for block in work._blocks(part):
             place = work._block_place(part, block, view)
-            if not artefact_path(*place).exists():
-                artefact(*place, partial(work.block_features, part, block, view))
+            if not cache_path(*place).exists():
+                cached(*place, partial(work.block_features, part, block, view))
 
 
 def teach(teacher: Teacher, pool: Pool, dataset: Dataset, settings: Settings) -> Teacher:
@@ -203,7 +204,7 @@ def out_of_fold(teacher: Teacher, dataset: Dataset, settings: Settings, folds: i
         rest = torch.cat([every[: held[0]], every[held[-1] + 1 :]])
         taught, asked = (FineTuning(teacher.arch, training_part(dataset, part), settings) for part in (rest, held))
         key = taught.key("out of fold", seeds=settings.teacher_seeds, images=asked.dataset.part_checksums["train"])
-        found.append(artefact(taught.folder, f"{taught.name}-fold{number}", key, partial(_labelled, taught, asked)))
+        found.append(cached(taught.folder, f"{taught.name}-fold{number}", key, partial(_labelled, taught, asked)))
     logits = torch.cat([one.tensors["logits"] for one in found], dim=1)  # [S, N, V, C]
     made_by = [one.fingerprint for one in found]
     return dataclasses.replace(teacher, runs=[
@@ -215,7 +216,7 @@ def out_of_fold(teacher: Teacher, dataset: Dataset, settings: Settings, folds: i
     ])  # fmt: skip
 
 
-def as_one(teachers: Sequence[Teacher], combine: Callable[[list[Tensor]], Tensor]) -> list[TeacherRun]:
+def ensemble(teachers: Sequence[Teacher], combine: Callable[[list[Tensor]], Tensor]) -> list[TeacherRun]:
     """Several teachers as one classifier: run by run, the logits of train, val and test that `combine` makes of theirs.
 
     combine: as `losses.combine_teachers` with a rule and temperature 1. There are as many runs as the teacher with the
@@ -232,7 +233,7 @@ def as_one(teachers: Sequence[Teacher], combine: Callable[[list[Tensor]], Tensor
 
 
 def _labelled(taught: "FineTuning", asked: "FineTuning") -> tuple[dict[str, Tensor], dict]:
-    """What one fine-tuning says of another's training images, as an artefact's content."""
+    """What one fine-tuning says of another's training images, as a cached result's content."""
     suffixes = taught.fitted
     views = progress_lines(range(asked.num_views), f"{asked.arch}: labels held-out images")
     found = [asked.view_logits(suffixes, "train", view)[0]["logits"] for view in views]
@@ -264,11 +265,11 @@ def save_logits(arch: str, dataset: Dataset, settings: Settings, folder: Path) -
     made = work.logits()
     first = {part: tensor[:1].contiguous() for part, tensor in made.tensors.items()}
     key = work.logits_key | {"seeds": settings.teacher_seeds[:1]}
-    kept = Artefact(first, made.facts | {"runs": made.facts["runs"][:1]}, fingerprint(key), made.seconds)
-    return write_artefact(folder / f"{arch}-logits.safetensors", key, kept)
+    kept = Cached(first, made.facts | {"runs": made.facts["runs"][:1]}, fingerprint(key), made.seconds)
+    return write_cached(folder / f"{arch}-logits.safetensors", key, kept)
 
 
-def _teacher(found: Artefact, settings: Settings) -> Teacher:
+def _teacher(found: Cached, settings: Settings) -> Teacher:
     on_device = {part: tensor.to(settings.device) for part, tensor in found.tensors.items()}
     facts = found.facts
     runs = [
@@ -285,7 +286,7 @@ def _teacher(found: Artefact, settings: Settings) -> Teacher:
 
 def _from_logits(path: Path, arch: str, dataset: Dataset, settings: Settings) -> Teacher:
     """A teacher out of its kept logits: right only for the very images, views and fine-tuning it was made with."""
-    key, found = read_artefact(path)
+    key, found = read_cached(path)
     asked = FineTuning(arch, dataset, settings).logits_key
     for name in sorted(asked.keys() - {"weights", "precision", "trained_views"}):
         if key.get(name) != asked[name]:
@@ -370,11 +371,11 @@ class FineTuning:
 
     @property
     def logits_path(self) -> Path:
-        return artefact_path(self.folder, f"{self.name}-logits", self.logits_key)
+        return cache_path(self.folder, f"{self.name}-logits", self.logits_key)
 
-    def logits(self) -> Artefact:
-        """The artefact that a `Teacher` is made of."""
-        made = artefact(self.folder, f"{self.name}-logits", self.logits_key, self.make)
+    def logits(self) -> Cached:
+        """The cached result that a `Teacher` is made of."""
+        made = cached(self.folder, f"{self.name}-logits", self.logits_key, self.make)
         shutil.rmtree(self.logits_path.with_suffix(".views"), ignore_errors=True)
         return made
 
@@ -412,7 +413,7 @@ class FineTuning:
         found = []
         for block in self._blocks(part):
             make = partial(self.block_features, part, block, view)
-            one = artefact(*self._block_place(part, block, view), make)
+            one = cached(*self._block_place(part, block, view), make)
             self.feature_seconds += one.seconds
             found.append(one.tensors["features"])
         return torch.cat(found).to(self.settings.device)
@@ -442,7 +443,7 @@ class FineTuning:
             block.stop - block.start
             for part, view in jobs
             for block in self._blocks(part)
-            if not artefact_path(*self._block_place(part, block, view)).exists()
+            if not cache_path(*self._block_place(part, block, view)).exists()
         )
         with torch.device("meta"):  # shapes alone, no numbers
             model = getattr(ensure_torchvision().models, self.arch)()
@@ -457,7 +458,7 @@ class FineTuning:
         return self._checksums[part, block.start]
 
     def block_features(self, part: str, block: slice, view: int) -> tuple[dict[str, Tensor], dict]:
-        """The frozen prefix's features float16 of some images of a part, all in one view, as an artefact's content."""
+        """The frozen prefix's features float16 of some images of a part, all in one view, as a cached result."""
         frozen, found = self.frozen, []
         with lower_if_out_of_memory(f"{self.name}: features", "teacher_size"):
             for pixels in _pixels(self.viewed[part], block, view).split(250):
@@ -477,7 +478,7 @@ class FineTuning:
         prefix = copy.deepcopy(self.cut(0)[0])
         return memory_format(fold_batch_norms(prefix).to(self.settings.device))
 
-    def suffix(self, seed: int) -> Artefact:
+    def suffix(self, seed: int) -> Cached:
         """The fitted suffix of a seed."""
         return resumable(self.folder, f"{self.name}-seed{seed}", self.key("suffix", seed=seed), partial(self.fit, seed))
 
@@ -535,7 +536,7 @@ class FineTuning:
             return {"logits": torch.cat(found, dim=1)}, {}
 
         key = self.key("labels", seeds=settings.teacher_seeds, pool=pool.fingerprint, view=view)
-        return artefact(self.folder, f"{self.name}-labels-{pool.name}", key, make).tensors["logits"]
+        return cached(self.folder, f"{self.name}-labels-{pool.name}", key, make).tensors["logits"]
 
     def make(self) -> tuple[dict[str, Tensor], dict]:
         """The logits of every seed for every (index, view), and what else a `Teacher` is made of."""
@@ -552,7 +553,7 @@ class FineTuning:
             # each view is kept until all are there: this may take as long as the fitting
             key = {"what": "logits of a view", "logits": fingerprint(self.logits_key), "part": part, "view": view}
             make = partial(self.view_logits, suffixes, part, view)
-            one = artefact(self.logits_path.with_suffix(".views"), f"{part}{view:03d}", key, make)
+            one = cached(self.logits_path.with_suffix(".views"), f"{part}{view:03d}", key, make)
             logits[part].append(one.tensors["logits"])
         tensors = {
             "val": logits["val"][0], "test": logits["test"][0],
@@ -569,7 +570,7 @@ class FineTuning:
         }  # fmt: skip
 
     def view_logits(self, suffixes: dict[int, nn.Module], part: str, view: int) -> tuple[dict[str, Tensor], dict]:
-        """The logits float16 [S, N, C] of every seed's suffix for one view of a part, as an artefact's content."""
+        """The logits float16 [S, N, C] of every seed's suffix for one view of a part, as a cached result's content."""
         found, precision = [], self.settings.precision
         with lower_if_out_of_memory(f"{self.name}: logits", "teacher_size"):
             x = self.features(part, view)

@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from kdutils.compat import ensure_torchvision
-from kdutils.data import Dataset, Split
+from kdutils.data.images import Dataset, Split
 from kdutils.settings import UserError, load_settings
 
 ensure_torchvision()  # for the tests that import torchvision themselves

@@ -19,11 +19,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kdutils import training
-from kdutils.data import load_data
+from kdutils.data.images import load_data
 from kdutils.losses import cross_entropy, distillation_loss
-from kdutils.results import finish, student_rows, teacher_rows
+from kdutils.results.tables import finish, student_rows, teacher_rows
 from kdutils.settings import load_settings
-from kdutils.students import Arm, train_students
+from kdutils.students import Method, train_students
 from kdutils.teachers import fine_tune
 
 torch.set_num_threads(1)  # lives are forks, which other threads do not survive
@@ -33,12 +33,12 @@ def run(profile, **overrides):
     """Teacher, students with and without it, and three records, as notebooks 01 to 03 make them."""
     settings = load_settings(profile, **overrides)
     dataset = load_data(settings)
-    scratch = train_students(Arm("scratch", cross_entropy), dataset, settings)
+    scratch = train_students(Method("scratch", cross_entropy), dataset, settings)
     finish(settings, "01", student_rows(1, scratch, dataset, settings), dataset, [], [scratch])
     teacher = fine_tune("resnet18", dataset, settings)
     finish(settings, "02", teacher_rows(2, teacher, dataset, settings), dataset, [teacher])
     distil = partial(distillation_loss, temperature=settings.temperature, alpha=settings.alpha)
-    students = train_students(Arm("kd", distil, (teacher,)), dataset, settings)
+    students = train_students(Method("kd", distil, (teacher,)), dataset, settings)
     finish(settings, "03", student_rows(3, students, dataset, settings), dataset, [teacher], [scratch, students])
 
 

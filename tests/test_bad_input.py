@@ -21,15 +21,19 @@ from papermill.translators import PythonTranslator
 from PIL import Image
 from safetensors.torch import save_file
 
-from kdutils import pipeline, pretraining, report, runs, students, teachers
+from kdutils import cache as runs
+from kdutils import pretraining, students, teachers
 from kdutils.__main__ import main
-from kdutils.data import load_data
+from kdutils.cache import Cached, read_cached, write_cached
+from kdutils.data.images import load_data
+from kdutils.lab.sweeps import read_sweep
 from kdutils.losses import cross_entropy
 from kdutils.models import load_backbone
-from kdutils.runs import Artefact, read_artefact, record, write_artefact
+from kdutils.report import batch as pipeline
+from kdutils.report import latex as report
+from kdutils.results.tables import record
 from kdutils.settings import ROOT, UserError, load_settings, notebook_settings
-from kdutils.students import Arm, train_students
-from kdutils.sweeps import read_sweep
+from kdutils.students import Method, train_students
 from kdutils.teachers import check_space
 
 
@@ -121,13 +125,13 @@ def cache(write):
         path = w.tmp / "kept" / "resnet18-logits.safetensors"
         path.parent.mkdir()
         write(path)
-        read_artefact(path)
+        read_cached(path)
 
     return call
 
 
 def crafted(path):
-    """Its checksum fits, but it is none of this project's artefacts."""
+    """Its checksum fits, but it is none of this project's cached results."""
     runs.write_tensors(path, {}, {"about": "[" * 9000, "checksum": runs._checksum({}, "[" * 9000)})
 
 
@@ -193,7 +197,7 @@ def no_memory(error):
 
         w.patch.setattr(students, "fit", fit)
         settings = w.settings()
-        train_students(Arm("scratch", cross_entropy), load_data(settings), settings)
+        train_students(Method("scratch", cross_entropy), load_data(settings), settings)
 
     return call
 
@@ -388,14 +392,14 @@ BAD = {
     "a cache of another program": (cache(lambda path: save_file({"a": torch.zeros(1)}, path)),
         "weights: TMP/kept/resnet18-logits.safetensors is damaged (its checksum does not fit); get it again"),
     "a crafted cache": (cache(crafted),
-        "weights: TMP/kept/resnet18-logits.safetensors holds no artefact of this project; get it again"),
+        "weights: TMP/kept/resnet18-logits.safetensors holds no cached result of this project; get it again"),
     "a file in place of the run folder": (lambda w: load_data(w.settings(runs_dir=str(a_path(w.tmp / "file")))),
         "runs_dir: cannot write to TMP/file (...); free space, or choose another"),
     "a full disk": (full_disk(lambda w: record(w.settings(), "01", [], {"text": "x" * 5000}, [], {})),
         "runs_dir: cannot write TMP/runs/tiny/found/01.json (...); free space, or choose another; what was "
         "finished is kept, and the same command goes on from there"),
-    "a full disk, for tensors": (full_disk(lambda w: write_artefact(
-        w.tmp / "x.safetensors", {}, Artefact({"a": torch.zeros(9000)}, {}, "", 0.0))),
+    "a full disk, for tensors": (full_disk(lambda w: write_cached(
+        w.tmp / "x.safetensors", {}, Cached({"a": torch.zeros(9000)}, {}, "", 0.0))),
         "runs_dir: cannot write TMP/x.safetensors (...); free space, or choose another; what was finished is "
         "kept, and the same command goes on from there"),
     "no room for the features": (no_room,

@@ -14,11 +14,12 @@ import yaml
 from conftest import TINY, message_of
 from PIL import Image
 
-from kdutils import bench, performance, reference
 from kdutils.__main__ import main
+from kdutils.data.views import make_views, view_pixels
+from kdutils.lab import bench, performance
+from kdutils.lab import tutorial as reference
 from kdutils.models import SmallCNN, seeded
 from kdutils.settings import load_settings
-from kdutils.views import make_views, view_pixels
 
 FIELDS = {
     "key", "name", "ours_s", "reference_s", "speedup", "limit_s", "of_limit", "device", "peak_mb", "steps", "spread",

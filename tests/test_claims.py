@@ -9,9 +9,9 @@ import torch
 from conftest import message_of
 from test_students import fake_teacher
 
-from kdutils import claims
-from kdutils.claims import CLAIMS, CORE, PRIMARY, claim_values, primary_table
-from kdutils.metrics import OUTCOMES
+from kdutils.report import claims
+from kdutils.report.claims import CLAIMS, CORE, PRIMARY, claim_values, primary_table
+from kdutils.results.metrics import OUTCOMES
 from kdutils.students import StudentRun
 
 BOTH = "resnet50+resnet18"

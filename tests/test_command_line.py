@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from kdutils import pipeline
 from kdutils.__main__ import EXAMPLES, _parser, main
-from kdutils.runs import record
+from kdutils.report import batch as pipeline
+from kdutils.results.tables import record
 from kdutils.settings import ROOT, UserError, load_settings
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdutils.data import load_data, read_image, read_image_folder, stratified_split
+from kdutils.data.images import load_data, read_image, read_image_folder, stratified_split
 from kdutils.settings import UserError
 
 
@@ -121,12 +121,12 @@ def test_the_order_in_which_files_were_written_does_not_matter(load, folder):
 
 def test_the_second_load_decodes_nothing(load, monkeypatch, tmp_path):
     first = load()
-    artefacts = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
-    assert len(artefacts) == 1
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    assert len(files) == 1
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded again"))
     second = load()
     assert second.checksum == first.checksum and torch.equal(second.train.images, first.train.images)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")} == artefacts
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")} == files
 
 
 def test_a_changed_file_is_noticed(load, folder):

@@ -10,10 +10,10 @@ import nbformat
 import pandas as pd
 import pytest
 
-from kdutils import pipeline, report
 from kdutils.__main__ import main
-from kdutils.results import of_the_tasks, read_results
-from kdutils.runs import RESULT_COLUMNS
+from kdutils.report import batch as pipeline
+from kdutils.report import latex as report
+from kdutils.results.tables import RESULT_COLUMNS, of_the_tasks, read_results
 from kdutils.settings import PROFILES, ROOT, UserError, load_settings, read_profile
 
 TINY = {
@@ -38,7 +38,7 @@ def settings(parameters):
     return pipeline.run("demo", parameters)
 
 
-def artefacts(settings):
+def cached_results(settings):
     return {path: path.stat().st_mtime_ns for path in settings.run_folder.rglob("*.safetensors")}
 
 
@@ -66,9 +66,9 @@ def test_executed_notebooks_are_complete_and_clean(settings):
 
 def test_running_again_changes_nothing(settings, parameters):
     folder = settings.run_folder
-    before, results = artefacts(settings), (folder / "results.csv").read_bytes()
+    before, results = cached_results(settings), (folder / "results.csv").read_bytes()
     pipeline.run("demo", parameters)
-    assert artefacts(settings) == before
+    assert cached_results(settings) == before
     assert (folder / "results.csv").read_bytes() == results
 
 
@@ -76,7 +76,7 @@ def test_a_notebook_alone_recomputes_only_what_depends_on_the_parameter(settings
     mine = tmp_path / "runs"
     shutil.copytree(settings.run_folder.parent, mine, copy_function=shutil.copy2)
     copied = load_settings("demo", **TINY, runs_dir=str(mine))
-    before = artefacts(copied)
+    before = cached_results(copied)
     given = [word for name, value in {**TINY, "temperature": 2, "runs_dir": mine}.items()
              for word in ("-p", name, str(value))]  # fmt: skip
     subprocess.run(
@@ -84,7 +84,7 @@ def test_a_notebook_alone_recomputes_only_what_depends_on_the_parameter(settings
          "-p", "profile", "demo", *given],
         cwd=ROOT / "notebooks", check=True, capture_output=True,
     )  # fmt: skip
-    after = artefacts(copied)
+    after = cached_results(copied)
     assert before.items() <= after.items()
     new = {path.name.split("-")[0] + "-" + path.name.split("-")[1] for path in after.keys() - before.keys()}
     assert new == {"kd-resnet50", "kd-resnet18"}

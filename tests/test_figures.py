@@ -8,8 +8,8 @@ import torch
 
 matplotlib.use("agg")
 
-from kdutils import figures, metrics
-from kdutils.data import Split
+from kdutils.data.images import Split
+from kdutils.results import figures, metrics
 
 
 def texts(axes):

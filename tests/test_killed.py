@@ -46,7 +46,7 @@ def found(folder):
 
 
 def leftovers(folder):
-    """But for the lock of an artefact whose maker died after all was done: it is nobody's, and in nobody's way."""
+    """But for the lock of a cached result whose maker died after all was done: it is nobody's, and in nobody's way."""
     return [path.name for path in folder.rglob("*") if path.suffix in (".tmp", ".checkpoint", ".views")]
 
 

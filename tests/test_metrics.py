@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdutils import metrics
-from kdutils.metrics import Difference
+from kdutils.results import metrics
+from kdutils.results.metrics import Difference
 
 
 def logits_of(probabilities):

@@ -7,7 +7,7 @@ import re
 import nbformat
 import pytest
 
-from kdutils.pipeline import NOTEBOOKS
+from kdutils.report.batch import NOTEBOOKS
 from kdutils.settings import ROOT, Settings
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -13,12 +13,12 @@ from conftest import message_of
 from PIL import Image
 
 from kdutils.__main__ import main
+from kdutils.lab.predict import find_student, load_student, read_pictures, trained_students
 from kdutils.losses import cross_entropy
 from kdutils.models import normalise
-from kdutils.predict import find_student, load_student, read_pictures, trained_students
-from kdutils.results import finish, student_rows
+from kdutils.results.tables import finish, student_rows
 from kdutils.settings import load_settings
-from kdutils.students import Arm, train_students
+from kdutils.students import Method, train_students
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def run(tiny_profile, toy_data, monkeypatch):
     """A profile whose run folder holds two trained students; from here on nothing can be trained."""
     profile = tiny_profile()
     settings = load_settings(profile)
-    students = train_students(Arm("scratch", partial(cross_entropy, label_smoothing=0.1)), toy_data, settings)
+    students = train_students(Method("scratch", partial(cross_entropy, label_smoothing=0.1)), toy_data, settings)
     rows = student_rows(1, students, toy_data, settings)
     finish(settings, "01_small_cnn", rows, toy_data, students=[students])
-    monkeypatch.setattr("kdutils.students.fit", None)
+    monkeypatch.setattr("kdutils.training.fit", None)
     return profile, settings, students
 
 
@@ -126,7 +126,7 @@ def test_without_a_run_there_is_no_student(error_of, tiny_profile, command):
 
 def test_another_network_is_told_from_the_present_one(run, monkeypatch):
     _, settings, _ = run
-    monkeypatch.setattr("kdutils.students.SmallCNN", lambda classes: torch.nn.Linear(3, classes))
+    monkeypatch.setattr("kdutils.models.SmallCNN", lambda classes: torch.nn.Linear(3, classes))
     assert "does not fit the present SmallCNN" in message_of(load_student, find_student(settings.run_folder, "scratch"))
 
 
@@ -164,6 +164,6 @@ def test_onnx_without_its_packages_says_what_to_install(run, error_of, monkeypat
 
 def test_a_file_that_answers_otherwise_is_not_kept(run, error_of, monkeypatch):
     profile, settings, _ = run
-    monkeypatch.setattr("kdutils.export.MEAN", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("kdutils.models.MEAN", (0.0, 0.0, 0.0))
     message = error_of(["export", "--profile", profile, "--arm", "scratch", "--format", "torchscript"])
     assert "was not kept" in message and not list((settings.run_folder / "export").iterdir())

@@ -17,7 +17,7 @@ from torchvision import models as zoo
 
 import kdutils.__main__ as command_line
 from kdutils import pretraining, training
-from kdutils.data import Split, read_image
+from kdutils.data.images import Split, read_image
 from kdutils.models import backbone_source, load_backbone, normalise
 from kdutils.pretraining import Pretraining, default_recipe, pretrain_on_folder
 from kdutils.training import predict

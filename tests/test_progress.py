@@ -8,17 +8,18 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from kdutils import pipeline
-from kdutils.pipeline import NOTEBOOKS
 from kdutils.progress import STUDENTS, Batch
-from kdutils.report import text_table
+from kdutils.report import batch as pipeline
+from kdutils.report.batch import NOTEBOOKS
+from kdutils.results.tables import text_table
 from kdutils.settings import ROOT
 
 CELL = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from kdutils.training import Recipe, fit, progress_lines
+from kdutils.progress import progress_lines
+from kdutils.training import Recipe, fit
 
 x, labels = torch.zeros(8, 3), torch.arange(8) % 2
 recipe = Recipe(epochs=3, batch_size=4, optimizer="sgd", schedule="constant", learning_rate=0.1, weight_decay=0.0)

@@ -17,9 +17,10 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 
-from kdutils import figures, report
-from kdutils.claims import CLAIMS, CORE
-from kdutils.results import spread
+from kdutils.report import latex as report
+from kdutils.report.claims import CLAIMS, CORE
+from kdutils.results import figures
+from kdutils.results.tables import spread
 from kdutils.settings import UserError
 
 NASTY = r"50% & $x_1$ #~^\{} <é|±>"

@@ -7,12 +7,22 @@ import pandas as pd
 import pytest
 import torch
 
-from kdutils import metrics
+from kdutils.cache import describe_builder
 from kdutils.losses import combine_teachers, cross_entropy
 from kdutils.models import SmallCNN, architecture
-from kdutils.results import comparison, finish, flip_column, following, gains, model_costs, read_results, student_rows
-from kdutils.students import Arm, StudentRun, describe_builder, train_students
-from kdutils.teachers import Teacher, TeacherRun, as_one
+from kdutils.results import metrics
+from kdutils.results.tables import (
+    comparison,
+    finish,
+    flip_column,
+    following,
+    gains,
+    model_costs,
+    read_results,
+    student_rows,
+)
+from kdutils.students import Method, StudentRun, train_students
+from kdutils.teachers import Teacher, TeacherRun, ensemble
 
 built = []
 
@@ -126,7 +136,7 @@ def test_teachers_as_one_classifier_are_what_is_made_of_their_logits(toy_data):
         logits = [{part: seed + logits_for(labels, [seed]) for part in parts} for seed in range(seeds)]
         runs = [TeacherRun(arch, "all", seed, {}, logits[seed], labels, 0.0, arch) for seed in range(seeds)]
         teachers.append(Teacher(arch, "all", runs, "", False, "", 1, 1, 1, 0.0))
-    found = as_one(teachers, partial(combine_teachers, rule="mean_logit", temperature=1.0))
+    found = ensemble(teachers, partial(combine_teachers, rule="mean_logit", temperature=1.0))
     assert [(run.arch, run.seed) for run in found] == [("resnet50+resnet18", 0), ("resnet50+resnet18", 1)]
     for run, one, other in zip(found, teachers[0].runs, teachers[1].runs):
         for part in parts:
@@ -139,7 +149,7 @@ def test_an_arm_of_two_budgets_is_recorded_by_two_notebooks(tiny, toy_data, caps
     settings = tiny(seeds=[0], epochs=1)
     for notebook, epochs in (("one", 1), ("two", 2)):
         budget = dataclasses.replace(settings, epochs=epochs)
-        runs = train_students(Arm("scratch", cross_entropy), toy_data, budget)
+        runs = train_students(Method("scratch", cross_entropy), toy_data, budget)
         finish(settings, notebook, student_rows(1, runs, toy_data, budget), toy_data, students=[runs])
     assert set(read_results(settings.run_folder).epochs) == {1, 2} and "leaves out" not in capsys.readouterr().out
     stages = pd.read_csv(settings.run_folder / "timings.csv").stage.tolist()
@@ -151,7 +161,7 @@ def test_a_flipped_image_is_seen_by_the_very_network(tiny, toy_data):
     settings = tiny(seeds=[0], epochs=1)
     symmetric = toy_data.test.images + toy_data.test.images.flip(3)
     dataset = toy_data._replace(test=toy_data.test._replace(images=symmetric))
-    [run] = train_students(Arm("scratch", cross_entropy), dataset, settings)
+    [run] = train_students(Method("scratch", cross_entropy), dataset, settings)
     assert flip_column([run], dataset, settings) == [metrics.accuracy(run.logits["test"], dataset.test.labels)]
     certain = a_student(0, logits_for(dataset.test.labels) * 100, run.state)
     assert flip_column([certain], dataset, settings) == [1.0]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kdutils import shapes
-from kdutils.shapes import OTHER_SHAPES, SHAPES10, draw
+from kdutils.data import shapes
+from kdutils.data.shapes import OTHER_SHAPES, SHAPES10, draw
 
 
 @pytest.fixture

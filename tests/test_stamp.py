@@ -10,8 +10,8 @@ import nbformat
 import pytest
 from conftest import message_of
 
+from kdutils.report.readme import BADGE, CELL, PLACEHOLDER, stamp, stamped_files
 from kdutils.settings import ROOT
-from kdutils.stamp import BADGE, CELL, PLACEHOLDER, stamp, stamped_files
 
 NAMES = [path.stem for path in stamped_files() if path.suffix == ".ipynb"]
 

@@ -16,14 +16,15 @@ from torch import nn
 from torchvision import models as zoo
 
 from kdutils import teachers
-from kdutils.data import Split, load_data
+from kdutils.cache import describe
+from kdutils.data.images import Split, load_data
+from kdutils.data.views import make_views, view_pixels
 from kdutils.losses import combine_teachers, cross_entropy, distillation_loss, kd_loss
 from kdutils.models import MEAN, STD, normalise, seeded
 from kdutils.settings import UserError
-from kdutils.students import Arm, describe, train_students
+from kdutils.students import Method, train_students
 from kdutils.teachers import Teacher, TeacherRun, fine_tune, save_logits, try_fine_tuning
 from kdutils.training import draw
-from kdutils.views import make_views, view_pixels
 
 modules = itertools.count()
 
@@ -190,9 +191,9 @@ def same_runs(one, other):
 def test_arms_with_one_seed_start_alike_and_see_the_same(tiny, toy_data):
     """Distilling with alpha 0 is training from scratch: same weights, same order, same views, hence same student."""
     settings = tiny()
-    scratch = train_students(Arm("scratch", cross_entropy), toy_data, settings)
+    scratch = train_students(Method("scratch", cross_entropy), toy_data, settings)
     distil = partial(distillation_loss, temperature=4.0, alpha=0.0)
-    distilled = train_students(Arm("kd", distil, (fake_teacher(toy_data),)), toy_data, settings)
+    distilled = train_students(Method("kd", distil, (fake_teacher(toy_data),)), toy_data, settings)
     for one, other in zip(scratch, distilled, strict=True):
         assert one.seed == other.seed
         torch.testing.assert_close(one.history["train_loss"], other.history["train_loss"], rtol=1e-4, atol=1e-5)
@@ -205,7 +206,7 @@ def test_a_student_learns_from_the_teachers_opinion_of_the_same_view(tiny, toy_d
     """With a vanishing rate, the epoch's loss is that of the initial weights over the (index, view) pairs drawn."""
     settings = tiny(seeds=[0], max_shift=0, epochs=1, schedule="constant", optimizer="adam", learning_rate=1e-30)
     teacher = fake_teacher(toy_data, num_views=2)
-    arm = Arm("kd", partial(distillation_loss, temperature=4.0, alpha=1.0), (teacher,))
+    arm = Method("kd", partial(distillation_loss, temperature=4.0, alpha=1.0), (teacher,))
     (student,) = train_students(arm, toy_data, settings)
     order, view = draw(0, 0, 40, 2)
     model = student.network()
@@ -217,7 +218,7 @@ def test_a_student_learns_from_the_teachers_opinion_of_the_same_view(tiny, toy_d
 
 def test_a_student_is_trained_once_and_loaded_afterwards(tiny, toy_data, capsys):
     settings = tiny()
-    arm = Arm("scratch", partial(cross_entropy, label_smoothing=0.1))
+    arm = Method("scratch", partial(cross_entropy, label_smoothing=0.1))
     first = train_students(arm, toy_data, settings)
     files = students_files(settings)
     assert len(files) == 2 and "epoch" in capsys.readouterr().out
@@ -227,7 +228,7 @@ def test_a_student_is_trained_once_and_loaded_afterwards(tiny, toy_data, capsys)
 
 
 def test_a_students_logits_are_its_networks(tiny, toy_data):
-    (student,) = train_students(Arm("scratch", cross_entropy), toy_data, tiny(seeds=[3]))
+    (student,) = train_students(Method("scratch", cross_entropy), toy_data, tiny(seeds=[3]))
     for part in ("train", "val", "test"):
         expected = student.network()(normalise(getattr(toy_data, part).images))
         torch.testing.assert_close(student.logits[part], expected, rtol=1e-4, atol=1e-4)
@@ -237,7 +238,7 @@ def test_a_students_logits_are_its_networks(tiny, toy_data):
     {"epochs": 3}, {"learning_rate": 0.001}, {"schedule": "cosine"}, {"max_shift": 2}, {"batch_size": 20},
 ])  # fmt: skip
 def test_what_a_student_depends_on_trains_it_anew(tiny, toy_data, change):
-    arm = Arm("scratch", cross_entropy)
+    arm = Method("scratch", cross_entropy)
     before = tiny(seeds=[0])
     train_students(arm, toy_data, before)
     kept = students_files(before)
@@ -248,7 +249,7 @@ def test_what_a_student_depends_on_trains_it_anew(tiny, toy_data, change):
 @pytest.mark.parametrize("change", [{"temperature": 2.0}, {"alpha": 0.1}, {"test_size": 11}, {"threads": 1},
                                     {"resnet18_epochs": 7}, {"data_name": "other"}])  # fmt: skip
 def test_what_a_student_does_not_depend_on_loads_it(tiny, toy_data, change):
-    arm = Arm("scratch", cross_entropy)
+    arm = Method("scratch", cross_entropy)
     train_students(arm, toy_data, tiny(seeds=[0]))
     kept = students_files(tiny())
     train_students(arm, toy_data, tiny(seeds=[0], **change))
@@ -256,7 +257,7 @@ def test_what_a_student_does_not_depend_on_loads_it(tiny, toy_data, change):
 
 
 def test_another_seed_leaves_the_others_as_they_are(tiny, toy_data):
-    arm = Arm("scratch", cross_entropy)
+    arm = Method("scratch", cross_entropy)
     first = train_students(arm, toy_data, tiny(seeds=[0]))
     kept = students_files(tiny())
     both = train_students(arm, toy_data, tiny(seeds=[1, 0]))
@@ -265,17 +266,17 @@ def test_another_seed_leaves_the_others_as_they_are(tiny, toy_data):
 
 def test_a_changed_loss_is_trained_anew(tiny, toy_data, tmp_path):
     settings = tiny(seeds=[0])
-    first = train_students(Arm("mine", define(tmp_path, PLAIN)), toy_data, settings)
+    first = train_students(Method("mine", define(tmp_path, PLAIN)), toy_data, settings)
     changed = define(tmp_path, PLAIN.replace("weight *", "0.5 * weight *"))
-    second = train_students(Arm("mine", changed), toy_data, settings)
+    second = train_students(Method("mine", changed), toy_data, settings)
     assert len(students_files(settings)) == 2 and not same_runs(first, second)
-    bound = train_students(Arm("mine", partial(changed, weight=3.0)), toy_data, settings)
+    bound = train_students(Method("mine", partial(changed, weight=3.0)), toy_data, settings)
     assert len(students_files(settings)) == 3 and not same_runs(second, bound)
 
 
 def test_other_data_and_other_teachers_train_anew(tiny, toy_data):
     settings = tiny(seeds=[0])
-    arm = Arm("kd", partial(kd_loss_with_labels, temperature=4.0), (fake_teacher(toy_data),))
+    arm = Method("kd", partial(kd_loss_with_labels, temperature=4.0), (fake_teacher(toy_data),))
     train_students(arm, toy_data, settings)
     other = toy_data._replace(checksum="other", part_checksums={**toy_data.part_checksums, "train": "other"})
     train_students(arm, other, settings)
@@ -286,7 +287,7 @@ def test_other_data_and_other_teachers_train_anew(tiny, toy_data):
 
 
 def test_other_test_images_train_nothing_but_are_looked_at(tiny, toy_data):
-    arm, settings = Arm("scratch", cross_entropy), tiny(seeds=[0])
+    arm, settings = Method("scratch", cross_entropy), tiny(seeds=[0])
     train_students(arm, toy_data, settings)
     kept = students_files(settings)
     images = toy_data.test._replace(images=toy_data.test.images.flip(-1))
@@ -312,8 +313,8 @@ def test_two_teachers_of_one_opinion_are_one_teacher(tiny, toy_data, rule):
     teacher = fake_teacher(toy_data)
     distil = partial(distillation_loss, temperature=4.0, alpha=0.9)
     combine = partial(combine_teachers, rule=rule, temperature=4.0)
-    alone = train_students(Arm("kd", distil, (teacher,)), toy_data, settings)[0]
-    both = train_students(Arm("kd2", distil, (teacher, teacher), combine), toy_data, settings)[0]
+    alone = train_students(Method("kd", distil, (teacher,)), toy_data, settings)[0]
+    both = train_students(Method("kd2", distil, (teacher, teacher), combine), toy_data, settings)[0]
     assert both.teachers == ("resnet50", "resnet50")
     torch.testing.assert_close(both.history["train_loss"], alone.history["train_loss"], rtol=1e-3, atol=1e-4)
 
@@ -322,7 +323,7 @@ def test_combine_goes_with_two_teachers_and_only_then(toy_data):
     one, other = fake_teacher(toy_data), fake_teacher(toy_data, "resnet18")
     for several, combine in (((one, other), None), ((one,), kd_loss), ((), kd_loss)):
         with pytest.raises(UserError, match="arm kd: give `combine` with two or more teachers"):
-            Arm("kd", distillation_loss, several, combine)
+            Method("kd", distillation_loss, several, combine)
 
 
 @pytest.mark.parametrize("loss, teachers", [(distillation_loss, 0), (cross_entropy, 1), (partial(kd_loss, temperature=4.0), 1),
@@ -331,7 +332,7 @@ def test_a_loss_that_cannot_be_called_is_refused_at_once(toy_data, loss, teacher
     if loss is cross_entropy:
         loss = partial(cross_entropy, label_smoothing=0.1)
     with pytest.raises(UserError) as caught:
-        Arm("mine", loss, (fake_teacher(toy_data),) * teachers)
+        Method("mine", loss, (fake_teacher(toy_data),) * teachers)
     message = str(caught.value)
     assert message.startswith("arm mine: ") and "partial" in message and "\n" not in message
 
@@ -691,10 +692,10 @@ def test_the_order_in_which_things_are_made_does_not_matter(teacher_settings, to
             used = dataclasses.replace(settings, seeds=seeds)
             torch.manual_seed(len(found))
             torch.rand(len(found))
-            arm = Arm("scratch", cross_entropy)
+            arm = Method("scratch", cross_entropy)
             if step == "kd":
                 distil = partial(distillation_loss, temperature=4.0, alpha=0.9)
-                arm = Arm("kd", distil, (fine_tune("resnet18", toy_data, used),))
+                arm = Method("kd", distil, (fine_tune("resnet18", toy_data, used),))
             found |= {(step, run.seed): run for run in train_students(arm, toy_data, used)}
         return found
 

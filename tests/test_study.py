@@ -14,21 +14,21 @@ from safetensors.torch import save_file
 from test_students import fake_teacher, same_runs
 from torchvision import models as zoo
 
-from kdutils import study as study_module
-from kdutils.data import Split, left_over, load_data, training_part
+from kdutils.data.images import Split, left_over, load_data, training_part
+from kdutils.data.views import make_views, pool_of_draws, pool_of_views, view_pixels, view_table
+from kdutils.lab import study as study_module
+from kdutils.lab.study import ENTRIES, OTHER_LOSSES, TUNED, Study, earlier_augmentation, train_entry, tuned_words
+from kdutils.lab.sweeps import read_rows, read_sweep, settings_of_trials
 from kdutils.losses import cross_entropy, distillation_loss
 from kdutils.models import normalise, seeded
-from kdutils.results import FREEZE, teacher_rows
+from kdutils.results.tables import FREEZE, teacher_rows
 from kdutils.settings import ARCHITECTURES, ROOT, load_settings
-from kdutils.students import Arm, as_teacher, train_students
-from kdutils.study import ENTRIES, OTHER_LOSSES, TUNED, Study, earlier_augmentation, train_entry, tuned_words
-from kdutils.sweeps import read_rows, read_sweep, settings_of_trials
+from kdutils.students import Method, as_teacher, train_students
 from kdutils.teachers import out_of_fold, shuffled_within_classes, teach
-from kdutils.views import make_views, pool_of_draws, pool_of_views, view_pixels, view_table
 
 
 def test_a_pool_of_the_training_images_trains_the_same_students(tiny, toy_data):
-    settings, arm = tiny(), Arm("scratch", cross_entropy)
+    settings, arm = tiny(), Method("scratch", cross_entropy)
     pool = pool_of_views("same", toy_data.train.images, toy_data.train.labels, **settings.views)
     assert same_runs(train_students(arm, toy_data, settings), train_students(arm, toy_data, settings, pool))
 
@@ -56,23 +56,23 @@ def test_another_pool_is_another_fingerprint(toy_data, change):
 
 def test_soft_labels_of_other_images_than_the_students_are_refused(tiny, toy_data):
     pool = pool_of_views("others", toy_data.val.images, toy_data.val.labels, 0, 1)
-    arm = Arm("kd", partial(distillation_loss, temperature=4.0, alpha=0.5), (fake_teacher(toy_data),))
+    arm = Method("kd", partial(distillation_loss, temperature=4.0, alpha=0.5), (fake_teacher(toy_data),))
     message = message_of(train_students, arm, toy_data, tiny(), pool)
     assert "40 images in 18 views" in message and "10 in 2" in message and "teachers.teach" in message
 
 
 def test_a_student_goes_on_from_another(tiny, toy_data):
     settings = tiny(schedule="constant", learning_rate=1e-30, optimizer="adam")
-    start = train_students(Arm("scratch", cross_entropy), toy_data, tiny())
-    longer = train_students(Arm("longer", cross_entropy, start=start), toy_data, settings)
+    start = train_students(Method("scratch", cross_entropy), toy_data, tiny())
+    longer = train_students(Method("longer", cross_entropy, start=start), toy_data, settings)
     for before, after in zip(start, longer, strict=True):  # a vanishing rate leaves it where it started
         assert all(torch.equal(before.state[name], after.state[name]) for name in before.state)
-    others = train_students(Arm("scratch", cross_entropy), toy_data, tiny(epochs=1))
-    assert train_students(Arm("longer", cross_entropy, start=others), toy_data, settings)[0].fingerprint not in {
+    others = train_students(Method("scratch", cross_entropy), toy_data, tiny(epochs=1))
+    assert train_students(Method("longer", cross_entropy, start=others), toy_data, settings)[0].fingerprint not in {
         longer[0].fingerprint,
         start[0].fingerprint,
     }
-    message = message_of(train_students, Arm("longer", cross_entropy, start=start), toy_data, tiny(seeds=[7]))
+    message = message_of(train_students, Method("longer", cross_entropy, start=start), toy_data, tiny(seeds=[7]))
     assert "longer" in message and "seed 7" in message
 
 
@@ -83,7 +83,7 @@ def test_images_without_labels_are_learnt_from_the_teacher_alone(tiny, toy_data)
     hidden = labels.clone()
     hidden[20:] = -1
     teacher = fake_teacher(toy_data, num_views=2)
-    arm = Arm("kd_unlabelled", partial(distillation_loss, temperature=4.0, alpha=1.0), (teacher,))
+    arm = Method("kd_unlabelled", partial(distillation_loss, temperature=4.0, alpha=1.0), (teacher,))
     known = train_students(arm, toy_data, settings, pool_of_views("known", images, labels, 0, 1))
     unknown = train_students(arm, toy_data, settings, pool_of_views("unknown", images, hidden, 0, 1))
     assert all(torch.equal(known[0].state[name], unknown[0].state[name]) for name in known[0].state)
@@ -195,7 +195,7 @@ def test_held_out_images_are_labelled_by_fine_tunings_on_the_others(study):
 def test_a_student_learns_from_another_student(tiny, toy_data):
     """What the teacher says of every view is what the network says of those pixels, and it is never the student itself."""
     settings = tiny(seeds=[0, 1, 2])
-    students = train_students(Arm("scratch", cross_entropy), toy_data, settings)
+    students = train_students(Method("scratch", cross_entropy), toy_data, settings)
     teacher = as_teacher(students, toy_data, settings)
     assert [teacher.run_for(seed).seed for seed in settings.seeds] == [1, 2, 0]
     viewed, every = make_views(toy_data.train.images, **settings.views), torch.arange(40)
@@ -207,7 +207,7 @@ def test_a_student_learns_from_another_student(tiny, toy_data):
                 torch.testing.assert_close(run.view_logits[:, view].float(), expected, rtol=2e-3, atol=2e-3)
     again = as_teacher(students, toy_data, settings)
     assert [run.fingerprint for run in again.runs] == [run.fingerprint for run in teacher.runs]
-    arm = Arm("kd_self", partial(distillation_loss, temperature=4.0, alpha=0.5), (teacher,))
+    arm = Method("kd_self", partial(distillation_loss, temperature=4.0, alpha=0.5), (teacher,))
     taught = train_students(arm, toy_data, settings)
     assert not same_runs(taught, students) and taught[0].teachers == ("student",)
 
@@ -287,7 +287,7 @@ def test_every_arm_trains(study, name, monkeypatch):
 def test_a_job_trains_one_seed(settings, study, monkeypatch):
     parameters = json.dumps({"runs_dir": settings.runs_dir})
     train_entry(settings.profile, parameters, "no_label_smoothing", 1)
-    monkeypatch.setattr("kdutils.students.fit", None)  # would fail
+    monkeypatch.setattr("kdutils.training.fit", None)  # would fail
     assert study.train(ENTRIES["no_label_smoothing"](study), [1])[0].seed == 1
 
 

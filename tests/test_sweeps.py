@@ -10,15 +10,12 @@ from conftest import message_of
 from safetensors.torch import save_file
 from test_students import fake_teacher
 
-from kdutils import students, sweeps, teachers
+from kdutils import students, teachers
 from kdutils.__main__ import main
 from kdutils.compat import ensure_torchvision
-from kdutils.data import load_data, rotate_validation
-from kdutils.losses import combine_teachers, distillation_loss
-from kdutils.models import seeded
-from kdutils.settings import ROOT, load_settings
-from kdutils.students import Arm, train_students
-from kdutils.sweeps import (
+from kdutils.data.images import load_data, rotate_validation
+from kdutils.lab import sweeps
+from kdutils.lab.sweeps import (
     COLUMNS,
     committed_sweeps,
     grid_sweep,
@@ -30,6 +27,10 @@ from kdutils.sweeps import (
     sweep_table,
     try_grid,
 )
+from kdutils.losses import combine_teachers, distillation_loss
+from kdutils.models import seeded
+from kdutils.settings import ROOT, load_settings
+from kdutils.students import Method, train_students
 from kdutils.teachers import check_weights, fine_tune
 
 GOOD = {
@@ -250,9 +251,9 @@ def test_students_are_those_of_the_notebooks_and_never_see_test_images(tiny_prof
     dataset = load_data(settings)
     both = tuple(fine_tune(arch, dataset, settings) for arch in ("resnet50", "resnet18"))
     distil = partial(distillation_loss, temperature=4.0, alpha=0.9, label_smoothing=settings.kd_label_smoothing)
-    train_students(Arm("kd", distil, both[1:]), dataset, settings)
+    train_students(Method("kd", distil, both[1:]), dataset, settings)
     combine = partial(combine_teachers, rule="mean_prob", temperature=4.0)
-    (found,) = train_students(Arm("kd_mean_prob", distil, both, combine), dataset, settings)
+    (found,) = train_students(Method("kd_mean_prob", distil, both, combine), dataset, settings)
     row = rows[rows.trial == "teachers = resnet18+resnet50, temperature = 4.0, alpha = 0.9"]
     assert row.val_nll.item() == pytest.approx(found.history["val_loss"][-1], abs=1e-6)
 

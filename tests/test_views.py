@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdutils.data.views import NUM_CROPS, crop_pixels, make_views, view_pixels, view_table
 from kdutils.training import draw
-from kdutils.views import NUM_CROPS, crop_pixels, make_views, view_pixels, view_table
 
 GRIDS = [(0, 1), (1, 1), (4, 1), (4, 4), (3, 3), (4, 2), (15, 5)]
 

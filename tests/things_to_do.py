@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from kdutils.runs import artefact
+from kdutils.cache import cached
 from kdutils.settings import UserError
 
 
@@ -50,7 +50,7 @@ def divide():
 
 
 def make_after_go(folder, number):
-    """An artefact, as in earnest; made only when the test has killed whom it wants to kill."""
+    """A cached result, as in earnest; made only when the test has killed whom it wants to kill."""
     log(folder, f"begun {number} {os.getpid()}")
     wait_for(lambda: (folder / "go").exists())
 
@@ -58,7 +58,7 @@ def make_after_go(folder, number):
         log(folder, f"made {number}")
         return {"value": torch.tensor([number])}, {"number": number}
 
-    return artefact(folder / "artefacts", f"job{number}", {"number": number}, make).facts["number"]
+    return cached(folder / "cached", f"job{number}", {"number": number}, make).facts["number"]
 
 
 def wait_for(condition):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdutils.cache import write_atomically
 from kdutils.models import MEAN, STD, SmallCNN, normalise
-from kdutils.runs import write_atomically
 from kdutils.settings import UserError
 from kdutils.training import predict
 

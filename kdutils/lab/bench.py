@@ -23,20 +23,21 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdutils import shapes
+from kdutils.cache import write_text
 from kdutils.compat import ensure_torchvision
-from kdutils.data import Dataset, Split
+from kdutils.data import shapes
+from kdutils.data.images import Dataset, Split
+from kdutils.data.views import make_views, view_pixels, view_table
+from kdutils.lab.performance import SIDES, conditions, end_to_end, machine, summary
 from kdutils.models import SmallCNN, normalise, seeded
-from kdutils.performance import SIDES, conditions, end_to_end, machine, summary
-from kdutils.runs import write_text
+from kdutils.progress import progress_lines
 from kdutils.settings import ARCHITECTURES, Settings, UserError, apply_threads, project_path, shown_path
-from kdutils.students import Arm, fit_arguments, named_arm, student_recipe, train_students
+from kdutils.students import Method, fit_arguments, named_method, student_recipe, train_students
 from kdutils.teachers import FineTuning, Teacher, fine_tune, teacher_recipe
-from kdutils.training import Recipe, autocast, draw, fit, make_optimizer, memory_format, predict, progress_lines
-from kdutils.views import make_views, view_pixels, view_table
+from kdutils.training import Recipe, autocast, draw, fit, make_optimizer, memory_format, predict
 
 ensure_torchvision()  # or the reference could not import it beside a CPU-only torch
-from kdutils import reference  # noqa: E402
+from kdutils.lab import tutorial as reference  # noqa: E402
 
 LABELS = {"resnet50": "ResNet-50", "resnet18": "ResNet-18"}
 WORDS = {"last_layer": "last layer", "last_block": "last block and last layer"}
@@ -104,15 +105,15 @@ class _Bench(NamedTuple):
         sums = {"train": f"bench{count}", "val": "bench", "test": "bench"}
         return Dataset("generated images", list(shapes.SHAPES10), train, few, few, f"bench{count}", sums, True, False)
 
-    def arm(self, name: str, count: int) -> Arm:
+    def arm(self, name: str, count: int) -> Method:
         """The student's arm; its teachers' stored logits, of so many images, are random: any will do."""
         if name == "scratch":
-            return named_arm(name, self.settings)
+            return named_method(name, self.settings)
         views = len(view_table(**self.settings.views))
         logits = torch.randn(count, views, 10, device=self.settings.device).half()
         runs = [dataclasses.replace(teacher.runs[0], view_logits=logits) for teacher in self.teachers]
         given = [dataclasses.replace(teacher, runs=[run]) for teacher, run in zip(self.teachers, runs)]
-        return named_arm(name, self.settings, given)
+        return named_method(name, self.settings, given)
 
     def plain_loss(self, name: str) -> Callable:
         """The reference's loss of a student's arm, or a `teacher`'s; teachers run in every step."""
@@ -435,8 +436,8 @@ def check_first_steps(bench: _Bench) -> tuple[list[dict[str, Any]], _Bench]:
     student, plain = seeded(0, SmallCNN), reference.Student()
     plain.load_state_dict(student.state_dict())
     for name, arm, tolerance in (
-        ("student, cross-entropy", named_arm("scratch", settings), EXACT),
-        ("student, distillation", named_arm("kd", settings, teachers), STORED),
+        ("student, cross-entropy", named_method("scratch", settings), EXACT),
+        ("student, distillation", named_method("kd", settings, teachers), STORED),
     ):
         arguments = fit_arguments(arm, few, settings, seed=0)
         compare(name, student, arguments, plain, bench.plain_loss("kd" if arm.teachers else "scratch"), tolerance)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdutils.runs import fingerprint, tensor_checksum
+from kdutils.cache import fingerprint, tensor_checksum
 
 
 class ViewedImages(NamedTuple):

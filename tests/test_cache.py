@@ -1,4 +1,4 @@
-"""kdutils.runs: artefacts are made once and trusted only while they fit; what a run found is written in one order."""
+"""kdutils.runs: cached results are made once and trusted only while they fit; what a run found is written in one order."""
 
 import csv
 import errno
@@ -13,20 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdutils import runs
-from kdutils.runs import (
-    RESULT_COLUMNS,
-    artefact,
-    artefact_path,
-    check_writable,
-    lock,
-    provenance,
-    record,
-    rerun_command,
-    results_checksum,
-    write_atomically,
-    write_text,
-)
+from kdutils import cache as runs
+from kdutils.cache import cache_path, cached, check_writable, lock, write_atomically, write_text
+from kdutils.results.tables import RESULT_COLUMNS, provenance, record, rerun_command, results_checksum
 from kdutils.settings import ROOT, UserError, load_settings
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float16).reshape(2, 3), "b": torch.tensor([True, False])}
@@ -34,7 +23,7 @@ FACTS = {"history": {"val_accuracy": [0.25, 0.5]}, "name": "é"}
 
 
 class Maker:
-    """Makes the artefact above and counts how often it was asked to."""
+    """Makes the cached result above and counts how often it was asked to."""
 
     def __init__(self):
         self.calls = 0
@@ -58,44 +47,44 @@ def same(found):
 
 def test_made_once_and_loaded_afterwards(tmp_path):
     make = Maker()
-    first, second = (artefact(tmp_path / "new", "x", {"seed": 0}, make) for _ in range(2))
+    first, second = (cached(tmp_path / "new", "x", {"seed": 0}, make) for _ in range(2))
     assert make.calls == 1 and same(first) and same(second)
     assert first.seconds == second.seconds and first.fingerprint == second.fingerprint
 
 
 def test_the_order_of_a_key_does_not_matter(tmp_path):
     make = Maker()
-    artefact(tmp_path, "x", {"seed": 0, "data": "d"}, make)
-    artefact(tmp_path, "x", {"data": "d", "seed": 0}, make)
+    cached(tmp_path, "x", {"seed": 0, "data": "d"}, make)
+    cached(tmp_path, "x", {"data": "d", "seed": 0}, make)
     assert make.calls == 1
 
 
 @pytest.mark.parametrize("key", [{"seed": 1}, {"seed": 0, "more": None}, {}, {"seed": 0.5}, {"seed": "0"}])
 def test_another_key_is_another_file_and_the_first_is_kept(tmp_path, key):
     make = Maker()
-    artefact(tmp_path, "x", {"seed": 0}, make)
+    cached(tmp_path, "x", {"seed": 0}, make)
     (first,) = tmp_path.iterdir()
     before = first.read_bytes()
-    artefact(tmp_path, "x", key, make)
+    cached(tmp_path, "x", key, make)
     assert make.calls == 2 and len(list(tmp_path.iterdir())) == 2 and first.read_bytes() == before
 
 
 def test_a_file_under_anothers_name_is_not_believed(tmp_path, capsys):
     make = Maker()
-    artefact(tmp_path, "x", {"seed": 0}, make)
+    cached(tmp_path, "x", {"seed": 0}, make)
     (first,) = tmp_path.iterdir()
-    artefact(tmp_path, "x", {"seed": 1}, make)
+    cached(tmp_path, "x", {"seed": 1}, make)
     (second,) = set(tmp_path.iterdir()) - {first}
     second.write_bytes(first.read_bytes())
     capsys.readouterr()
-    artefact(tmp_path, "x", {"seed": 1}, make)
+    cached(tmp_path, "x", {"seed": 1}, make)
     assert make.calls == 3 and second.name in capsys.readouterr().out
 
 
 def test_any_flipped_byte_is_noticed_or_harmless(tmp_path, capsys):
     """Byte by byte through the whole file: what is loaded is what was made, or it is made again, with a line."""
     make = Maker()
-    artefact(tmp_path, "x", {"seed": 0}, make)
+    cached(tmp_path, "x", {"seed": 0}, make)
     (path,) = tmp_path.iterdir()
     good = path.read_bytes()
     trusted = []
@@ -103,7 +92,7 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path, capsys):
         calls = make.calls
         path.write_bytes(good[:at] + bytes([good[at] ^ 0x04]) + good[at + 1 :])
         try:
-            found = artefact(tmp_path, "x", {"seed": 0}, make)
+            found = cached(tmp_path, "x", {"seed": 0}, make)
         except Exception as error:
             trusted.append((at, repr(error)))
             continue
@@ -118,14 +107,14 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path, capsys):
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 100, -1])
 def test_a_truncated_file_is_made_again_with_a_line(tmp_path, capsys, size):
     make = Maker()
-    artefact(tmp_path, "x", {"seed": 0}, make)
+    cached(tmp_path, "x", {"seed": 0}, make)
     (path,) = tmp_path.iterdir()
     good = path.read_bytes()
     path.write_bytes(good[:size])
-    assert same(artefact(tmp_path, "x", {"seed": 0}, make)) and make.calls == 2
+    assert same(cached(tmp_path, "x", {"seed": 0}, make)) and make.calls == 2
     out = capsys.readouterr().out
     assert path.name in out and "made again" in out and out.count("\n") == 1
-    assert same(artefact(tmp_path, "x", {"seed": 0}, make)) and make.calls == 2  # mended
+    assert same(cached(tmp_path, "x", {"seed": 0}, make)) and make.calls == 2  # mended
 
 
 def test_a_failing_make_leaves_nothing(tmp_path):
@@ -133,7 +122,7 @@ def test_a_failing_make_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        artefact(tmp_path, "x", {}, make)
+        cached(tmp_path, "x", {}, make)
     assert list(tmp_path.rglob("*")) == []
 
 
@@ -319,7 +308,7 @@ def test_who_comes_second_is_told_who_is_at_work_and_waits(tmp_path, holder, cap
 def test_who_waited_loads_what_the_other_made(tmp_path, monkeypatch):
     """Threads, each with a lock of its own: the maker, slow until the others wait, is asked once."""
     make, found, told = Maker(), [], []
-    monkeypatch.setattr("kdutils.runs.tell", told.append)
+    monkeypatch.setattr("kdutils.progress.tell", told.append)
 
     def slow():
         deadline = time.monotonic() + 60
@@ -327,7 +316,7 @@ def test_who_waited_loads_what_the_other_made(tmp_path, monkeypatch):
             time.sleep(0.01)
         return make()
 
-    threads = [threading.Thread(target=lambda: found.append(artefact(tmp_path, "x", {}, slow))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(cached(tmp_path, "x", {}, slow))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -353,15 +342,15 @@ def test_where_there_are_no_locks_there_is_a_warning_and_the_work_goes_on(tmp_pa
 
     monkeypatch.setattr(runs, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8))
     with pytest.warns(UserWarning, match="no locks here .*two runs at once may make the same twice"):
-        assert same(artefact(tmp_path, "x", {}, Maker()))
+        assert same(cached(tmp_path, "x", {}, Maker()))
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_a_killed_process_left_half_written_goes_when_it_is_made_again(tmp_path, tiny):
-    (tmp_path / ".x-0.abc.tmp").write_text("of another artefact, which may be at work")
-    cut_off = tmp_path / f".{artefact_path(tmp_path, 'x', {}).stem}.abc.tmp"
+    (tmp_path / ".x-0.abc.tmp").write_text("of another cached result, which may be at work")
+    cut_off = tmp_path / f".{cache_path(tmp_path, 'x', {}).stem}.abc.tmp"
     cut_off.write_text("half")
-    artefact(tmp_path, "x", {}, Maker())
+    cached(tmp_path, "x", {}, Maker())
     assert not cut_off.exists() and (tmp_path / ".x-0.abc.tmp").exists()
     folder = tiny().run_folder
     (folder / "found").mkdir(parents=True)

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from kdutils.runs import write_text
+from kdutils.cache import write_text
+from kdutils.data.views import view_table
 from kdutils.settings import ARCHITECTURES, ROOT, Settings, UserError, shown_path
-from kdutils.views import view_table
 
 PAGE = ROOT / "docs" / "performance.md"
 NOTES = ("<!-- notes:begin -->", "<!-- notes:end -->")

@@ -17,9 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from kdutils import shapes
+from kdutils.cache import cached, check_writable, fingerprint, network_timeout, tensor_checksum
 from kdutils.compat import ensure_torchvision
-from kdutils.runs import artefact, check_writable, fingerprint, network_timeout, tensor_checksum
+from kdutils.data import shapes
 from kdutils.settings import Settings, UserError, project_path, shown_path
 
 NUM_CLASSES = 10
@@ -254,7 +254,7 @@ def read_image_folder(
             for field, tensor in _decode(by_class, classes, part, size)._asdict().items()
         }, {"classes": classes}
 
-    tensors = artefact(cache, "images", key, make).tensors
+    tensors = cached(cache, "images", key, make).tensors
     return classes, {part: Split(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in names}
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from kdutils import training
-from kdutils.data import read_image
+from kdutils.cache import read_cached
+from kdutils.data.images import read_image
 from kdutils.models import SmallCNN, normalise
-from kdutils.runs import read_artefact
 from kdutils.settings import UserError, shown_path
 from kdutils.students import student_network
 
@@ -35,7 +35,7 @@ class Trained(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of the student's artefact, without its fingerprint."""
+        """The name of the student's cached result, without its fingerprint."""
         return "-".join([self.arm, *self.teachers, f"seed{self.seed}"])
 
     @property
@@ -115,7 +115,7 @@ def load_student(student: Trained) -> SmallCNN:
     if not student.path.is_file():
         raise UserError(f"student: {shown_path(student.path)} is gone; run the notebooks again (python -m kdutils run)")
     try:
-        return student_network(read_artefact(student.path)[1].tensors)
+        return student_network(read_cached(student.path)[1].tensors)
     except (KeyError, RuntimeError) as error:
         raise UserError(
             f"student: {shown_path(student.path)} does not fit the present SmallCNN; run the notebooks again"

@@ -12,11 +12,19 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from kdutils import metrics
-from kdutils.data import Dataset
-from kdutils.metrics import Difference
-from kdutils.report import signed, teacher_words, trained_part, with_teachers
-from kdutils.results import LONG, at_budget, bootstrap_text, column
+from kdutils.data.images import Dataset
+from kdutils.results import metrics
+from kdutils.results.metrics import Difference
+from kdutils.results.tables import (
+    LONG,
+    at_budget,
+    bootstrap_text,
+    column,
+    signed,
+    teacher_words,
+    trained_part,
+    with_teachers,
+)
 from kdutils.settings import ARCHITECTURES, Settings, UserError
 from kdutils.students import StudentRun
 from kdutils.teachers import Teacher

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from kdutils import metrics
+from kdutils.results import metrics
 
 WIDTH = 6.3  # inches: the report's text width
 HALF = 3.05  # of figures that stand side by side there

@@ -1,7 +1,7 @@
 """Independent jobs: in this process, in several processes of this machine, or on a Dask cluster.
 
 A job is a function without arguments that can be pickled: `functools.partial` of a module's function and plain
-arguments. What is worth keeping it keeps as an artefact, so that a job begun again goes on, and one that is done is
+arguments. What is worth keeping it keeps as a cached result, so that a job begun again goes on, and one that is done is
 found. Its result is small.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from kdutils.progress import progress_lines
 from kdutils.settings import UserError
-from kdutils.training import progress_lines
 
 Jobs = Mapping[str, Callable[[], Any]]
 Outcome = tuple[Any, str | None]  # a result, or the reason why there is none

@@ -11,10 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from kdutils.data import Dataset, load_data, rotate_validation
-from kdutils.jobs import check_cluster, run_jobs
-from kdutils.metrics import mean_sd, paired_difference
-from kdutils.runs import check_writable, write_text
+from kdutils.cache import check_writable, write_text
+from kdutils.data.images import Dataset, load_data, rotate_validation
+from kdutils.data.views import view_table
+from kdutils.parallel import check_cluster, run_jobs
+from kdutils.results.metrics import mean_sd, paired_difference
 from kdutils.settings import (
     ARCHITECTURES,
     ROOT,
@@ -28,9 +29,8 @@ from kdutils.settings import (
     read_yaml,
     shown_path,
 )
-from kdutils.students import LOSSES, fit_student, named_arm
+from kdutils.students import LOSSES, fit_student, named_method
 from kdutils.teachers import FineTuning, Teacher, fine_tune, prepare_fine_tuning, try_fine_tuning
-from kdutils.views import view_table
 
 COLUMNS = (
     "what", "data", "weights", "trial", "fold", "seed", "views", "epochs", "val_accuracy", "val_nll", "train_accuracy",
@@ -169,7 +169,7 @@ def run_sweep(
 ) -> pd.DataFrame:  # fmt: skip
     """Try every trial on every fold and seed, and write the rows to `out` at the end; nothing is tried twice.
 
-    `workers` and `scheduler` say where, as in `kdutils.jobs.run_jobs`. What trials share - teachers, features - is
+    `workers` and `scheduler` say where, as in `kdutils.parallel.run_jobs`. What trials share - teachers, features - is
     made before the first of them starts. Raises `UserError` for unfit settings before anything is trained.
     """
     if any(trial.keys() & {"data", "train_size", "val_size", "split_seed"} for trial in sweep.trials.values()):
@@ -226,7 +226,7 @@ def _try(
         weights, views = found.facts["weights"], found.facts["trained_views"]
     else:
         taught_by = [fine_tune(arch, dataset, settings) for arch in teachers]
-        arm = named_arm(what, settings, taught_by, rule)
+        arm = named_method(what, settings, taught_by, rule)
         found = fit_student(arm, dataset, settings, seed)
         what = " ".join([arm.name, *teachers])
         weights, views = "+".join(teacher.checksum for teacher in taught_by), len(view_table(**settings.views))

@@ -1,24 +1,24 @@
-"""Artefacts of a run: made once, written atomically, loaded again only while what they depend on is unchanged."""
+"""Cached results of a run: made once, written atomically, loaded again only while what they depend on is unchanged."""
 
+import ast
 import contextlib
-import csv
+import dis
 import errno
 import functools
 import glob
 import hashlib
+import inspect
 import io
 import json
 import os
-import platform
 import re
-import shlex
 import socket
-import subprocess
 import tempfile
+import textwrap
 import time
+import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kdutils.settings import ROOT, Settings, UserError, checked, default_of, read_profile, shown_path
+from kdutils.progress import tell
+from kdutils.settings import UserError, shown_path
 
 try:
     import fcntl
@@ -36,15 +37,17 @@ except ImportError:  # Windows
 
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 2  # raise it when an artefact's content changes its meaning: older ones are then made again
+History = dict[str, list[float]]  # a value an epoch
+# seconds between checkpoints, at least: within an epoch; at its end, so that what is cut goes on within one epoch
+CHECKPOINT_EVERY, CHECKPOINT_AT_END = 15.0, 1.0
+FORMAT = 2  # raise it when a cached result's content changes its meaning: older ones are then made again
 # what the system says of a disk that is full, read-only or somebody else's
 DISK_ERRORS = {
     errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM
 }  # fmt: skip
-RESULT_COLUMNS = ("task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
 
 
-class Artefact(NamedTuple):
+class Cached(NamedTuple):
     """What a computation left: tensors by name, plain facts, the fingerprint of what it depends on, its seconds."""
 
     tensors: dict[str, Tensor]
@@ -54,7 +57,7 @@ class Artefact(NamedTuple):
 
 
 def fingerprint(key: Mapping[str, Any]) -> str:
-    """A checksum of everything an artefact depends on."""
+    """A checksum of everything a cached result depends on."""
     return hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -68,41 +71,41 @@ def tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def artefact_path(folder: Path, name: str, key: Mapping[str, Any]) -> Path:
-    """Where the artefact of that name and key lies: other settings give another file, and both are kept."""
+def cache_path(folder: Path, name: str, key: Mapping[str, Any]) -> Path:
+    """Where the cached result of that name and key lies: other settings give another file, and both are kept."""
     return folder / f"{name}-{fingerprint(key)}.safetensors"
 
 
-def artefact(
+def cached(
     folder: Path,
     name: str,
     key: Mapping[str, Any],
     make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
-) -> Artefact:
-    """Load the artefact `name` if it was made under the same `key` and is undamaged; else make and write it.
+) -> Cached:
+    """Load the cached result `name` if it was made under the same `key` and is undamaged; else make and write it.
 
     `make` returns tensors and plain (JSON) facts. A damaged file is made again, with a line that says so. Where two
-    processes want the same artefact, one makes it, and the other waits and loads it.
+    processes want the same cached result, one makes it, and the other waits and loads it.
     """
-    path = artefact_path(folder, name, key)
-    if isinstance(found := _trusted(path, key), Artefact):
+    path = cache_path(folder, name, key)
+    if isinstance(found := _trusted(path, key), Cached):
         return found
     with lock(path):
-        if isinstance(found := _trusted(path, key), Artefact):  # made by another process meanwhile
+        if isinstance(found := _trusted(path, key), Cached):  # made by another process meanwhile
             return found
         if found:
             print(f"{shown_path(path)}: {found}; made again")
-        _remove_cut_off(folder, path.stem)
+        remove_cut_off(folder, path.stem)
         start = time.perf_counter()
         tensors, facts = make()
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        made = Artefact(tensors, facts, fingerprint(key), time.perf_counter() - start)
-        write_artefact(path, key, made)
+        made = Cached(tensors, facts, fingerprint(key), time.perf_counter() - start)
+        write_cached(path, key, made)
     return made
 
 
-def _trusted(path: Path, key: Mapping[str, Any]) -> Artefact | str:
-    """The artefact in a file, or the reason why it must be made (empty where there is none yet)."""
+def _trusted(path: Path, key: Mapping[str, Any]) -> Cached | str:
+    """The cached result in a file, or the reason why it must be made (empty where there is none yet)."""
     if not path.exists():
         return ""
     loaded = _load(path)
@@ -116,16 +119,16 @@ def resumable(
     name: str,
     key: Mapping[str, Any],
     make: Callable[[Path], tuple[dict[str, Tensor], dict[str, Any]]],
-) -> Artefact:
-    """An artefact whose making may be cut: `make` is given a checkpoint's path to go on from; it is removed after."""
-    checkpoint = artefact_path(folder, name, key).with_suffix(".checkpoint")
-    made = artefact(folder, name, key, functools.partial(make, checkpoint))
+) -> Cached:
+    """A cached result whose making can be resumed: `make` is given the path of a checkpoint, removed afterwards."""
+    checkpoint = cache_path(folder, name, key).with_suffix(".checkpoint")
+    made = cached(folder, name, key, functools.partial(make, checkpoint))
     checkpoint.unlink(missing_ok=True)
     return made
 
 
-def write_artefact(path: Path, key: Mapping[str, Any], made: Artefact) -> Path:
-    """Write an artefact to a file of any name; returns its path."""
+def write_cached(path: Path, key: Mapping[str, Any], made: Cached) -> Path:
+    """Write a cached result to a file of any name; returns its path."""
     about = json.dumps({"key": dict(key), "facts": made.facts, "seconds": made.seconds}, sort_keys=True)
     header = {"fingerprint": made.fingerprint, "about": about, "checksum": _checksum(made.tensors, about)}
     return write_tensors(path, made.tensors, header)
@@ -148,16 +151,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     return path
 
 
-def read_artefact(path: Path) -> tuple[dict[str, Any], Artefact]:
-    """An artefact, and the key it was made under, from a file of any name. Raises `UserError` for a damaged file."""
+def read_cached(path: Path) -> tuple[dict[str, Any], Cached]:
+    """A cached result and its key, from a file of any name. Raises `UserError` for a damaged file."""
     loaded = _load(path)
     if not isinstance(loaded, tuple):
         raise UserError(f"weights: {shown_path(path)} {loaded}; get it again")
     return loaded
 
 
-def _load(path: Path) -> tuple[dict[str, Any], Artefact] | str:
-    """The key and the artefact in a file, or the reason why it cannot be trusted."""
+def _load(path: Path) -> tuple[dict[str, Any], Cached] | str:
+    """The key and the cached result in a file, or the reason why it cannot be trusted."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -168,9 +171,9 @@ def _load(path: Path) -> tuple[dict[str, Any], Artefact] | str:
         return "is damaged (its checksum does not fit)"
     try:
         about = json.loads(header["about"])
-        return about["key"], Artefact(tensors, about["facts"], fingerprint(about["key"]), about["seconds"])
+        return about["key"], Cached(tensors, about["facts"], fingerprint(about["key"]), about["seconds"])
     except (ValueError, KeyError, TypeError, RecursionError):  # by another program: the checksum fits
-        return "holds no artefact of this project"
+        return "holds no cached result of this project"
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
@@ -200,7 +203,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _remove_cut_off(folder: Path, *stems: str) -> None:
+def remove_cut_off(folder: Path, *stems: str) -> None:
     """Remove what processes that were killed left half-written; only under the lock of those that write there."""
     for stem in stems:
         for cut_off in folder.glob(f".{glob.escape(stem)}.*.tmp"):
@@ -299,15 +302,6 @@ def _is_there(descriptor: int, file: Path) -> bool:
         return False
 
 
-def tell(text: str) -> None:
-    """Print a line where somebody looks: through the log of a batch run, where there is one."""
-    if "KDUTILS_PROGRESS" in os.environ:
-        with open(os.environ["KDUTILS_PROGRESS"], "a", encoding="utf-8") as log:
-            print(text, file=log)
-    else:
-        print(text, flush=True)
-
-
 @contextlib.contextmanager
 def lower_if_out_of_memory(what: str, settings: str) -> Iterator[None]:
     """Turn running out of memory inside into a `UserError` that names the settings to lower."""
@@ -328,7 +322,7 @@ def check_writable(folder: Path, setting: str) -> None:
     """Raise `UserError` for a folder that nothing can be written to, before there is anything to write."""
     descriptor, _ = _temporary_file(folder, "try", setting)
     os.close(descriptor)
-    _remove_cut_off(folder, "try")  # also those of processes that were killed at this point
+    remove_cut_off(folder, "try")  # also those of processes that were killed at this point
 
 
 @contextlib.contextmanager
@@ -347,115 +341,117 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def record(
-    settings: Settings,
-    notebook: str,
-    rows: Sequence[Mapping[str, Any]],
-    facts: Mapping[str, Any],
-    timings: Iterable[tuple[str, float]],
-    made_of: Mapping[str, str],
-) -> Path:
-    """Write what a notebook found, and make `results.csv`, `provenance.json` and `timings.csv` anew.
+class Checkpoint:
+    """Writes the checkpoint of a training now and then, and finds it again."""
 
-    They hold what all notebooks found under the present settings. `made_of` names what the rows depend on besides
-    (data, weights, trained networks) by checksum; what another notebook found of other such things is left out.
-    Returns the path of `results.csv`.
+    def __init__(self, path: Path | None, parts: dict, history: History):
+        self.path, self.parts, self.history = path, parts, history
+        self.last, self.cost = time.monotonic(), 0.0
+
+    def is_due(self, every: float) -> bool:
+        """Whether so many seconds have passed since the last one; writing takes a sixtieth of the time at most."""
+        return self.path is not None and time.monotonic() - self.last >= max(every, CHECKPOINT_EVERY * 4 * self.cost)
+
+    def save(self, epoch: int, step: int, total: Tensor, correct: Tensor) -> None:
+        assert self.path is not None  # nothing is due without one
+        start = time.monotonic()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"history": self.history, "epoch": epoch, "step": step, "total": total, "correct": correct}
+        content = io.BytesIO()
+        torch.save(state, content)
+        # torch.load does not check what it reads
+        checksum = hashlib.sha256(content.getbuffer()).digest()
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                file.write(checksum)
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())  # a machine that goes down now must find the new one or the old one whole
+
+        write_atomically(self.path, write)
+        self.last = time.monotonic()
+        self.cost = self.last - start
+
+    def restore(self) -> tuple[int, int, Tensor, Tensor]:
+        """Load a checkpoint where there is an undamaged one: the epochs and steps done, and that epoch's sums."""
+        anew = 0, 0, torch.zeros(()), torch.zeros((), dtype=torch.int64)
+        if self.path is None or not self.path.exists():
+            return anew
+        content = self.path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            print(f"{shown_path(self.path)}: is damaged (its checksum does not fit); this training starts anew")
+            return anew
+        state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+        if not state.keys() >= {*self.parts, "history", "epoch", "step", "total", "correct"}:
+            print(f"{shown_path(self.path)}: was written by an earlier version; this training starts anew")
+            return anew
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.history.update(state["history"])
+        return state["epoch"], state["step"], state["total"], state["correct"]
+
+
+def describe(function: Callable, within: tuple[Callable, ...] = ()) -> dict:
+    """A function's identity for fingerprints: its code without docstring and comments, its defaults, what is bound to
+    it by `functools.partial`, and the functions and plain values from around it that it uses (`within`: its callers).
+
+    Raises `UserError` for what could change unnoticed: a lambda, a closure, anything bound or used that is neither a
+    plain value nor a function.
     """
-    folder = settings.run_folder
-    with lock(folder / "results.csv"):
-        return _record(settings, notebook, rows, facts, timings, {"settings": settings.digest(), **made_of})
-
-
-def _record(settings, notebook, rows, facts, timings, made_of) -> Path:
-    folder = settings.run_folder
-    _remove_cut_off(folder, "results", "timings", "provenance")
-    _remove_cut_off(folder / "found", notebook)
-    mine = {"made_of": made_of, "rows": list(rows), "facts": dict(facts), "timings": list(timings)}
-    write_text(folder / "found" / f"{notebook}.json", json.dumps({**mine, "checksum": _json_checksum(mine)}, indent=1))
-    found = []
-    for path in sorted((folder / "found").glob("*.json")):
-        entry = _read_found(path)
-        if entry is None:
-            print(f"results.csv: leaves out {path.stem}, as {shown_path(path)} is damaged; run that notebook again")
+    bound: dict[str, str] = {}
+    while isinstance(function, functools.partial):
+        if function.args:
+            raise UserError("loss: bind the parameters of a loss by name: partial(distillation_loss, temperature=4.0)")
+        bound = {name: _plain(name, value) for name, value in function.keywords.items()} | bound
+        function = function.func
+    if not inspect.isfunction(function) or function.__name__ == "<lambda>" or function.__closure__:
+        raise UserError(f"loss: {function!r} must be a plain function (`def`) that uses no variables of another one")
+    parameters = inspect.signature(function).parameters.values()
+    with_default = [p for p in parameters if p.default is not p.empty and p.name not in bound]
+    defaults = {p.name: _plain(p.name, p.default) for p in with_default}
+    around: dict[str, object] = {}
+    for name in _globals_used(function.__code__) & function.__globals__.keys():
+        value = function.__globals__[name]
+        module = getattr(value, "__module__", None) or ""
+        if inspect.ismodule(value) or inspect.isbuiltin(value) or module.partition(".")[0] == "torch":
             continue
-        differing = [name for name, checksum in entry["made_of"].items() if made_of.get(name, checksum) != checksum]
-        if differing:
-            print(f"results.csv: leaves out {path.stem}, which last ran with other {', '.join(differing[:3])}")
-        else:
-            found.append(entry)
-    all_rows = [row for entry in found for row in entry["rows"]]
-    results = _as_csv(RESULT_COLUMNS, [[row[c] for c in RESULT_COLUMNS] for row in all_rows])
-    write_text(folder / "results.csv", results)
-    all_timings = {stage: seconds for entry in found for stage, seconds in entry["timings"]}
-    write_text(folder / "timings.csv", _as_csv(("stage", "seconds"), [(s, f"{t:.3f}") for s, t in all_timings.items()]))
-    merged: dict[str, Any] = provenance(settings)
-    for entry in found:
-        merged |= entry["facts"]
-    merged["results"] = results_checksum(results)
-    write_text(folder / "provenance.json", json.dumps(merged, indent=1) + "\n")
-    return folder / "results.csv"
+        if not any(value is caller for caller in (*within, function)):
+            around[name] = describe(value, (*within, function)) if inspect.isfunction(value) else _plain(name, value)
+    return {"name": function.__qualname__, "code": source_of(function), "bound": defaults | bound, "around": around}
 
 
-def results_checksum(text: str) -> str:
-    """What `provenance.json` says of the `results.csv` beside it."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def describe_builder(build: Callable) -> dict:
+    """The identity of what builds a network, for fingerprints: its code, and the plain arguments bound to it."""
+    arguments: list[object] = []
+    while isinstance(build, functools.partial):
+        arguments += [repr(value) for value in build.args]
+        arguments += [f"{name}={value!r}" for name, value in build.keywords.items()]
+        build = build.func
+    return {"name": build.__qualname__, "code": source_of(build), "arguments": arguments}
 
 
-def _read_found(path: Path) -> dict[str, Any] | None:
-    """What a notebook found, or None for a damaged file."""
+def _globals_used(code: types.CodeType) -> set[str]:
+    """Names that a function reads from around it, comprehensions within included (attributes are not among them)."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return names.union(*(_globals_used(inner) for inner in code.co_consts if inspect.iscode(inner)))
+
+
+def _plain(name: str, value: object) -> str:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    raise UserError(f"loss: it uses {name} = {value!r:.60}; use numbers and texts only, or pass it as an argument")
+
+
+def source_of(defined: Callable) -> str:
+    """The code of a function or class without its docstrings and comments."""
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        return entry if entry.pop("checksum", None) == _json_checksum(entry) else None
-    except (ValueError, AttributeError, TypeError, RecursionError):  # no JSON, or that of something else
-        return None
-
-
-def _json_checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _as_csv(columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def provenance(settings: Settings) -> dict[str, Any]:
-    """What a run's numbers depend on besides data and weights: settings, versions, device, commit, command."""
-    packages = ("torch", "torchvision", "numpy", "pandas", "papermill", "nbconvert")
-    return {
-        "settings": settings.identity(),
-        "device": settings.device,
-        "precision": settings.precision,
-        "threads": settings.threads or torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
-        "commit": _commit(),
-        "command": rerun_command(settings),
-    }
-
-
-def rerun_command(settings: Settings) -> str:
-    """The command that runs the same again, with paths relative to the project's folder."""
-    profile = read_profile(settings.profile)
-    words = ["python", "-m", "kdutils", "run", "--profile", shown_path(settings.profile)]
-    for name, value in settings.identity().items():
-        if value is not None and value != (checked(name, profile[name]) if name in profile else default_of(name)):
-            words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
-    if settings.threads is not None:  # sums are rounded in another order by another number of threads
-        words += ["-p", "threads", str(settings.threads)]
-    return shlex.join(words)
-
-
-def _commit() -> str:
-    """The commit of the project's checkout, `-dirty` when the code differs from it; 'unknown' outside a checkout."""
-    git = ["git", "-C", str(ROOT)]
-    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=10)
-    try:
-        commit = run([*git, "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        changed = run([*git, "status", "--porcelain", "--", "kdutils", "notebooks"]).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return commit + ("-dirty" if changed else "")
+        tree = ast.parse(textwrap.dedent(inspect.getsource(defined)))
+    except (OSError, TypeError, SyntaxError) as error:
+        raise UserError(
+            f"loss: the source of {defined!r} cannot be read; define it with `def` in a file or cell"
+        ) from error
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)

@@ -12,19 +12,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from kdutils.cache import cached
 from kdutils.compat import ensure_torchvision
-from kdutils.data import Dataset, left_over, load_data
-from kdutils.jobs import run_jobs
+from kdutils.data.images import Dataset, left_over, load_data
+from kdutils.data.views import Pool, pool_of_draws, pool_of_views
 from kdutils.losses import cross_entropy, distillation_loss
-from kdutils.metrics import accuracy
-from kdutils.report import WORDS
-from kdutils.results import student_rows
-from kdutils.runs import artefact
+from kdutils.parallel import run_jobs
+from kdutils.progress import progress_lines
+from kdutils.results.metrics import accuracy
+from kdutils.results.tables import WORDS, student_rows
 from kdutils.settings import STUDY_GROUPS, Settings, UserError, apply_threads, load_settings
-from kdutils.students import LOSSES, Arm, StudentRun, as_teacher, named_arm, train_students
+from kdutils.students import LOSSES, Method, StudentRun, as_teacher, named_method, train_students
 from kdutils.teachers import Teacher, fine_tune, out_of_fold, shuffled_within_classes, teach
-from kdutils.training import progress_lines
-from kdutils.views import Pool, pool_of_draws, pool_of_views
 
 LONG = 100  # epochs of the long budget
 EARLIER_RECIPE: dict[str, Any] = {
@@ -54,7 +53,7 @@ class Entry(NamedTuple):
 
     task: str
     words: str
-    arm: Arm
+    arm: Method
     settings: Settings
     pool: Pool | None = None
 
@@ -93,8 +92,8 @@ class Study:
         return next(teacher for teacher in self.teachers if teacher is not self.teacher)
 
     @property
-    def scratch(self) -> Arm:
-        return named_arm("scratch", self.settings)
+    def scratch(self) -> Method:
+        return named_method("scratch", self.settings)
 
     @cached_property
     def students_as_teacher(self) -> Teacher:
@@ -109,7 +108,7 @@ class Study:
         """The training images under the earlier submission's augmentation."""
         train = self.dataset.train
         key = {"what": "draws", "images": self.dataset.part_checksums["train"], "draws": DRAWS}
-        made = artefact(
+        made = cached(
             self.settings.run_folder / "draws", "earlier-augmentation", key,
             lambda: ({"draws": earlier_augmentation(train.images.cpu(), DRAWS, seed=0)}, {}),
         )  # fmt: skip
@@ -180,7 +179,7 @@ def earlier_augmentation(images: Tensor, draws: int, seed: int) -> Tensor:
 
 
 def _no_label_smoothing(study: Study) -> Entry:
-    return Entry("1", "No label smoothing", Arm("no_label_smoothing", cross_entropy), study.settings)
+    return Entry("1", "No label smoothing", Method("no_label_smoothing", cross_entropy), study.settings)
 
 
 def _scratch_long(study: Study) -> Entry:
@@ -188,14 +187,14 @@ def _scratch_long(study: Study) -> Entry:
 
 
 def _scratch_earlier_recipe(study: Study) -> Entry:
-    arm = Arm("scratch_earlier_recipe", cross_entropy)
+    arm = Method("scratch_earlier_recipe", cross_entropy)
     return Entry("1", "The earlier recipe", arm, study.earlier_settings, study.earlier)
 
 
 def _earlier_recipe_longer(study: Study) -> Entry:
     """The earlier recipe, and the same number of epochs of it again."""
     start = study.train(_scratch_earlier_recipe(study))
-    arm = Arm("earlier_recipe_longer", cross_entropy, start=start)
+    arm = Method("earlier_recipe_longer", cross_entropy, start=start)
     return Entry("3", "The earlier recipe, as long again", arm, study.earlier_settings, study.earlier)
 
 
@@ -204,31 +203,31 @@ def _kd_warm_start(study: Study) -> Entry:
     start = study.train(_scratch_earlier_recipe(study))
     teacher = teach(study.teacher, study.earlier, study.dataset, study.settings)
     loss = partial(distillation_loss, temperature=EARLIER_TEMPERATURE, alpha=EARLIER_ALPHA)
-    arm = Arm("kd_warm_start", loss, (teacher,), start=start)
+    arm = Method("kd_warm_start", loss, (teacher,), start=start)
     return Entry("3", "The earlier recipe, then distilled", arm, study.earlier_settings, study.earlier)
 
 
 def _kd_long(study: Study, other: bool = False) -> Entry:
     teacher = study.other_teacher if other else study.teacher
-    return Entry("3", f"Distilled from {name_of(teacher)}", Arm("kd", study.distil, (teacher,)), study.long)
+    return Entry("3", f"Distilled from {name_of(teacher)}", Method("kd", study.distil, (teacher,)), study.long)
 
 
 def _two_long(study: Study) -> Entry:
-    return Entry("4", "Distilled from both", named_arm("kd", study.settings, study.teachers), study.long)
+    return Entry("4", "Distilled from both", named_method("kd", study.settings, study.teachers), study.long)
 
 
 def _kd_shuffled(study: Study) -> Entry:
     shuffled = shuffled_within_classes(study.teacher, study.dataset.train.labels)
-    return Entry("3", "Shuffled soft labels", Arm("kd_shuffled", study.distil, (shuffled,)), study.settings)
+    return Entry("3", "Shuffled soft labels", Method("kd_shuffled", study.distil, (shuffled,)), study.settings)
 
 
 def _kd_out_of_fold(study: Study) -> Entry:
     teacher = out_of_fold(study.teacher, study.dataset, study.settings)
-    return Entry("3", "Held-out soft labels", Arm("kd_out_of_fold", study.distil, (teacher,)), study.settings)
+    return Entry("3", "Held-out soft labels", Method("kd_out_of_fold", study.distil, (teacher,)), study.settings)
 
 
 def _kd_self(study: Study) -> Entry:
-    arm = Arm("kd_self", study.distil, (study.students_as_teacher,))
+    arm = Method("kd_self", study.distil, (study.students_as_teacher,))
     return Entry("3", "Distilled from another student", arm, study.settings)
 
 
@@ -237,12 +236,12 @@ def _kd_tuned(study: Study, other: bool = False) -> Entry:
     teacher = study.other_teacher if other else study.teacher
     loss = LOSSES["kd"](dataclasses.replace(study.settings, **TUNED[teacher.arch]))
     words = f"Distilled from {name_of(teacher)}, tuned for it"
-    return Entry("3", words, Arm("kd_tuned", loss, (teacher,)), study.settings)
+    return Entry("3", words, Method("kd_tuned", loss, (teacher,)), study.settings)
 
 
 def _other_loss(study: Study, name: str, words: str) -> Entry:
     settings = dataclasses.replace(study.settings, **OTHER_LOSSES[name])
-    return Entry("3", words, named_arm(name, settings, [study.teacher]), study.settings)
+    return Entry("3", words, named_method(name, settings, [study.teacher]), study.settings)
 
 
 def _scratch_equal_steps(study: Study) -> Entry:
@@ -258,7 +257,7 @@ def _kd_unlabelled(study: Study) -> Entry:
     """The labelled images and the others without labels, for as many steps as the long budget."""
     pool = study.with_rest(labelled=False)
     teacher = teach(study.teacher, pool, study.dataset, study.settings)
-    arm = Arm("kd_unlabelled", study.distil, (teacher,))
+    arm = Method("kd_unlabelled", study.distil, (teacher,))
     return Entry("extra", "Distilled, with unlabelled images", arm, study.for_steps_of(LONG, pool), pool)
 
 

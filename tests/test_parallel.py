@@ -11,7 +11,7 @@ import torch
 from conftest import message_of
 from things_to_do import about_the_process, die, divide, fail_at_first, lines, make_after_go, refuse, square, wait_for
 
-from kdutils.jobs import run_jobs
+from kdutils.parallel import run_jobs
 
 # In this process, and in several
 

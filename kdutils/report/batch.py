@@ -15,14 +15,30 @@ from typing import Any
 
 import pandas as pd
 
-from kdutils import report
-from kdutils.claims import claim_values, compare
-from kdutils.data import load_data
-from kdutils.metrics import parameter_count
+from kdutils.cache import write_text
+from kdutils.data.images import load_data
+from kdutils.lab.study import earlier_words, tuned_words
 from kdutils.models import SmallCNN
 from kdutils.progress import Batch
-from kdutils.results import FREEZE, at_budget, of_the_tasks, read_results
-from kdutils.runs import results_checksum, write_text
+from kdutils.report.claims import claim_values, compare
+from kdutils.report.latex import REPORT, build_pdf, export_notebooks, result_values, write_macros
+from kdutils.report.readme import update_pictures, update_readme
+from kdutils.results.metrics import parameter_count
+from kdutils.results.tables import (
+    FREEZE,
+    TRAINED_PARTS,
+    WORDS,
+    _read_provenance,
+    at_budget,
+    minutes,
+    of_the_tasks,
+    read_results,
+    results_checksum,
+    results_table,
+    signed,
+    text_table,
+    times_table,
+)
 from kdutils.settings import (
     ARCHITECTURES,
     ROOT,
@@ -33,10 +49,8 @@ from kdutils.settings import (
     logits_file,
     shown_path,
 )
-from kdutils.study import earlier_words, tuned_words
 from kdutils.teachers import check_space, check_weights, save_logits
 
-TRAINED_PARTS = ("last_layer", "last_block", "all")  # the arms that are ResNets: not paired with students
 EXECUTED_WITH = "executed-with.txt"  # beside the executed notebooks: the digest of their settings
 NOTEBOOKS = ("01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers")
 
@@ -59,7 +73,9 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
         check_weights(arch, dataset, settings)
     if settings.weights != "generated":  # those are not there yet; their features are small
         check_space(dataset, settings)
-    print(f"{dataset.name}; {settings.device}, {settings.precision}; artefacts in {shown_path(settings.run_folder)}")
+    print(
+        f"{dataset.name}; {settings.device}, {settings.precision}; cached results in {shown_path(settings.run_folder)}"
+    )
     folder = settings.run_folder / "notebooks"
     write_text(folder / EXECUTED_WITH, settings.digest())
     given = {"profile": profile} | {name: getattr(settings, name) for name in parameters}
@@ -70,10 +86,10 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
         if batch:
             batch.begin(name)
         _execute(name, folder / f"{name}.ipynb", given, settings, batch)
-        print(f"{name}: done in {_minutes(time.monotonic() - begun)}", flush=True)
-    print(f"all notebooks: {_minutes(time.monotonic() - start)}; results in "
+        print(f"{name}: done in {minutes(time.monotonic() - begun)}", flush=True)
+    print(f"all notebooks: {minutes(time.monotonic() - start)}; results in "
           f"{shown_path(settings.run_folder / 'results.csv')}")  # fmt: skip
-    print(f"\n{report.text_table(times_table(settings.run_folder))}\n")
+    print(f"\n{text_table(times_table(settings.run_folder))}\n")
     return settings
 
 
@@ -82,10 +98,6 @@ def _live_batch(settings: Settings) -> Batch | None:
     if not sys.stdout.isatty():
         return None
     return Batch(notebooks_of(settings), settings, shutil.get_terminal_size().columns)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
 
 
 def _execute(
@@ -178,10 +190,10 @@ def export(settings: Settings, out: Path) -> Path:
             f"report: {', '.join(missing)} not there; run the notebooks first (python -m kdutils run, "
             "with the same profile)"
         )
-    report.export_notebooks(notebooks, generated)
+    export_notebooks(notebooks, generated)
     for name in ("results.csv", "provenance.json", "timings.csv"):
         shutil.copyfile(settings.run_folder / name, generated / name)
-    if out == report.REPORT:
+    if out == REPORT:
         for path in notebooks:
             _copy_notebook(path, out / "notebooks" / path.name)
         if not any(logits_file(settings.weights, arch) for arch in ARCHITECTURES):
@@ -189,37 +201,27 @@ def export(settings: Settings, out: Path) -> Path:
             for arch in ARCHITECTURES:
                 save_logits(arch, dataset, settings, out / "teachers")
         tables = {"": of_the_tasks(results, settings.epochs), "All arms, the study's among them": results}
-        report.update_readme(
-            ROOT / "README.md", {title: report.results_table(rows) for title, rows in tables.items()},
+        update_readme(
+            ROOT / "README.md", {title: results_table(rows) for title, rows in tables.items()},
             readme_note(provenance),
         )  # fmt: skip
-        report.update_pictures(ROOT / "README.md", notebooks)
+        update_pictures(ROOT / "README.md", notebooks)
     return generated
 
 
 def macros(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
-    """All that report.tex reads by name: numbers, settings, claims, and words about data and weights."""
-    return report.result_values(results, provenance) | claim_values(results, provenance) | report_words(provenance)
+    """All that tex reads by name: numbers, settings, claims, and words about data and weights."""
+    return result_values(results, provenance) | claim_values(results, provenance) | report_words(provenance)
 
 
 def typeset(generated: Path, pdf: Path) -> Path:
-    """Typeset what lies in `generated` into `pdf`, with all that report.tex reads by name made of the rows anew."""
+    """Typeset what lies in `generated` into `pdf`, with all that tex reads by name made of the rows anew."""
     if not (generated / "notebooks.tex").is_file():
         raise UserError(f"report: {shown_path(generated)} holds nothing to typeset; run `make report` first")
-    report.write_macros(macros(read_results(generated), _read_provenance(generated)), generated)
-    for box in report.build_pdf(report.REPORT, generated, pdf):
+    write_macros(macros(read_results(generated), _read_provenance(generated)), generated)
+    for box in build_pdf(REPORT, generated, pdf):
         print(f"report: {box}")
     return pdf
-
-
-def _read_provenance(folder: Path) -> dict[str, Any]:
-    path = folder / "provenance.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"report: {shown_path(path)} is missing or damaged; run the notebooks again (python -m kdutils run)"
-        ) from error
 
 
 def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -233,9 +235,7 @@ def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
         )
     elif not data["is_cifar10"]:
         about_data = f"The images are not those of CIFAR-10 itself: {data['name']}."
-    standins = [
-        f"{report.WORDS[arch]}: {facts['description']}" for arch, facts in weights.items() if facts["is_standin"]
-    ]
+    standins = [f"{WORDS[arch]}: {facts['description']}" for arch, facts in weights.items() if facts["is_standin"]]
     about_weights = "Stand-in weights in place of ImageNet's: pre-trained on other, fewer images." if standins else ""
     words = {"notice/data": about_data, "notice/weights": about_weights, "words/standins": "; ".join(standins)}
     words |= {"words/tuned": tuned_words(), "words/earlier": earlier_words()}
@@ -286,15 +286,10 @@ def _copy_notebook(source: Path, target: Path) -> None:
     nbformat.write(notebook, target)
 
 
-def results_frame(folder: Path) -> pd.DataFrame:
-    """The results table of a run or of the report, as the terminal, the README and notebook 04 show it."""
-    return report.results_table(read_results(folder))
-
-
 def run_tables(folder: Path) -> dict[str, pd.DataFrame]:
     """What a run (or the report) found, by title; `folder` holds its rows, provenance and times."""
     results, provenance = read_results(folder), _read_provenance(folder)
-    values = report.result_values(results, provenance)
+    values = result_values(results, provenance)
     accuracy = at_budget(results, "", provenance.get("settings", {}).get("epochs"))
     accuracy = accuracy[(accuracy.split == "test") & (accuracy.metric == "accuracy")]
     by_seed = {arm: dict(zip(rows.seed, 100 * rows.value)) for arm, rows in accuracy.groupby(["arm", "teachers"])}
@@ -309,10 +304,10 @@ def run_tables(folder: Path) -> dict[str, pd.DataFrame]:
         pair = by_seed.get((arm, teachers), {}), by_seed.get(("scratch", ""), {})
         if pair[0].keys() & pair[1].keys() and arm.removeprefix(FREEZE) not in TRAINED_PARTS and pair[0] is not pair[1]:
             mean, low, high, n = compare(*pair)
-            interval = f"{report.signed(low)} to {report.signed(high)}" if n > 1 else "one seed"
-            differences.append(named | {"Points": report.signed(mean), "95 % interval": interval})
+            interval = f"{signed(low)} to {signed(high)}" if n > 1 else "one seed"
+            differences.append(named | {"Points": signed(mean), "95 % interval": interval})
     tables = {
-        "Test images": report.results_table(results),
+        "Test images": results_table(results),
         "Each part of the data": pd.DataFrame(by_part),
         "Test accuracy against the student from scratch, paired by seed": pd.DataFrame(differences),
         "Wall time": times_table(folder),
@@ -320,16 +315,8 @@ def run_tables(folder: Path) -> dict[str, pd.DataFrame]:
     return {title: table for title, table in tables.items() if len(table)}
 
 
-def times_table(folder: Path) -> pd.DataFrame:
-    """What took how long in a run: a row a stage, all its seeds together, and the total."""
-    times = pd.read_csv(folder / "timings.csv")
-    by_stage = times.groupby(times.stage.str.replace(r", seed \d+$", "", regex=True), sort=False).seconds
-    lines = [{"Stage": stage, "Times": len(seconds), "Took": _minutes(seconds.sum())} for stage, seconds in by_stage]
-    return pd.DataFrame([*lines, {"Stage": "total", "Times": len(times), "Took": _minutes(times.seconds.sum())}])
-
-
 def shown_tables(folder: Path) -> str:
     """`run_tables` as text, under what they were measured on."""
-    tables = [f"{title}\n\n{report.text_table(table)}" for title, table in run_tables(folder).items()]
+    tables = [f"{title}\n\n{text_table(table)}" for title, table in run_tables(folder).items()]
     measured, made_by = readme_note({"weights": {}} | _read_provenance(folder)).replace("`", "").split("\n\n")
     return "\n\n".join([textwrap.fill(measured, 110), made_by, *tables])

@@ -1,0 +1,256 @@
+"""From what notebooks show to a LaTeX report: figures, tables, the exporter, the prose's numbers, the PDF.
+
+nbformat and nbconvert take seconds to import and only the exporter needs them, so it imports them itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from kdutils.cache import write_atomically, write_text
+from kdutils.report.show import beyond_ascii, tex
+from kdutils.results.tables import (
+    LONG,
+    WORDS,
+    arm_words,
+    as_words,
+    at_budget,
+    signed,
+    spread_of,
+    trained_part,
+    with_teachers,
+)
+from kdutils.settings import ARCHITECTURES, ROOT, UserError, counted, shown_path
+
+if TYPE_CHECKING:
+    import nbformat
+
+REPORT = ROOT / "report"
+TEX_COMMAND = "sudo apt-get install latexmk texlive-latex-extra lmodern"
+
+
+class LatexMissing(UserError):
+    """There is no LaTeX here to typeset the report with."""
+
+
+SELECTION = ("pretraining-", "sweep-", "map-")  # names of floats about how settings were chosen
+
+
+# --- the exporter ---
+
+
+def export_notebooks(notebooks: list[Path], out: Path) -> None:
+    """Turn executed notebooks into what report.tex reads, with the nbconvert template in `report/template`.
+
+    Writes `<stem>.tex` (one definition for each float), `<stem>-code.tex` (the code, for the appendix),
+    `figures/<name>.pdf` and `notebooks.tex` (the stems, and the floats about how teachers were chosen, which some runs
+    have) into `out`; removes what an earlier export
+    left there. Raises `UserError` for a notebook that failed or did not finish, and for a name used twice.
+    """
+    import nbformat
+
+    places: dict[str, str] = {}
+    files: dict[Path, bytes] = {}
+    for path in map(Path, notebooks):
+        nb = nbformat.read(path, as_version=4)
+        for number, cell in enumerate(nb.cells, start=1):
+            if cell.cell_type != "code":
+                continue
+            _check_finished(cell, f"{shown_path(path)}, cell {number}")
+            for shown in (output for output in cell.outputs if "kdutils" in output.get("metadata", {})):
+                name, here = shown.metadata.kdutils.name, f"{path.name}, cell {number}"
+                if name in places:
+                    raise UserError(f"name: '{name}' is used in {places[name]} and in {here}; rename one")
+                places[name] = here
+                if shown.metadata.kdutils.kind == "figure":
+                    files[out / "figures" / f"{name}.pdf"] = base64.b64decode(shown.data["application/pdf"])
+        prose = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+        resources = {"kdutils": {"stem": path.stem, "title": (_headings(prose) or [path.stem])[0]}}
+        files[out / f"{path.stem}.tex"] = _export(nb, "index.tex.j2", resources).encode()
+        files[out / f"{path.stem}-code.tex"] = _export(nb, "code.tex.j2", resources).encode()
+    stems = ",".join(Path(path).stem for path in notebooks)
+    selection = ",".join(name for name in places if name.startswith(SELECTION))
+    files[out / "notebooks.tex"] = f"\\def\\kdnotebooks{{{stems}}}\n\\def\\kdselection{{{selection}}}\n".encode()
+    for path, content in files.items():
+        write_atomically(path, partial(Path.write_bytes, data=content))
+    for old in {*out.glob("*.tex"), *out.glob("figures/*.pdf")} - files.keys() - {out / "macros.tex"}:
+        old.unlink()
+
+
+def _check_finished(cell: nbformat.NotebookNode, place: str) -> None:
+    for output in cell.outputs:
+        if output.output_type == "error":
+            error = " ".join(f"{output.ename}: {output.evalue}".split())
+            raise UserError(f"notebook: {place} failed ({error}); mend it and run it again")
+    done = cell.execution_count is not None or cell.metadata.get("papermill", {}).get("status") == "completed"
+    if cell.source.strip() and not done:
+        raise UserError(f"notebook: {place} has not been run; run the notebook to its end first")
+
+
+def _export(nb: nbformat.NotebookNode, template: str, resources: dict[str, Any]) -> str:
+    from nbconvert.exporters import LatexExporter
+    from traitlets.config import Config
+
+    off = {name: {"enabled": False} for name in ("ExtractOutputPreprocessor", "SVG2PDFPreprocessor")}
+    ours = {"template_name": "template", "extra_template_basedirs": [str(REPORT)]}
+    exporter = LatexExporter(config=Config(off), template_file=template, **ours)
+    exporter.register_filter("tex", tex)
+    exporter.register_filter("glyphs", lambda text: re.sub(r"[^\x00-\x7e]", beyond_ascii, text))
+    exporter.register_filter("headings", _headings)
+    return exporter.from_notebook_node(nb, resources)[0]
+
+
+def _headings(markdown: str) -> list[str]:
+    prose = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^#{1,6}\s+(.+?)\s*#*\s*$", prose, flags=re.MULTILINE)
+    return [re.sub(r"[*`$]", "", line) for line in lines]
+
+
+# --- numbers and words ---
+
+
+def write_macros(values: Mapping[str, str], out: Path) -> None:
+    r"""Write `macros.tex` into `out`: every key becomes readable in report.tex as `\val{key}`."""
+    for key in values:
+        if not re.fullmatch(r"[A-Za-z0-9_./+-]+", key):
+            raise UserError(f"macro: {key!r} cannot be a key; use letters, digits and _ . / + -")
+    texts = {key: tex(value) for key, value in values.items()}
+    if "command" in texts:  # a shell takes straight quotes alone
+        texts["command"] = texts["command"].replace("'", r"\textquotesingle{}")
+    lines = [rf"\expandafter\def\csname kd@val@{key}\endcsname{{{texts[key]}}}" for key in sorted(texts)]
+    write_text(out / "macros.tex", "\n".join(lines) + "\n")
+
+
+def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What report.tex's prose is made of: key -> text, from the rows of results.csv and the provenance.
+
+    - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}`, at the report's budget; `long/...` and `extra/...` at
+      the others (see `at_budget`); the teachers of tasks 3 and 4 also as `teacher/<arch>/...`
+    - `gap/<arch>`: test accuracy of a teacher minus that of the student from scratch, in points, of means
+    - `best/{words,pm}`: the student of the highest mean validation accuracy at the report's budget, its test accuracy
+    - `words/unlabelled`: how many images the arm with unlabelled images has beside the labelled ones
+    - `settings/...` and all else in the provenance, by its path; `words/...`: counts with their nouns
+    """
+    settings = provenance.get("settings", {})
+    values = _flat(provenance) | _setting_words(settings)
+    for which in ("", LONG, "extra"):
+        rows = at_budget(results, which, settings.get("epochs"))
+        if which == LONG and len(rows):
+            values["words/long_epochs"] = counted(int(rows.epochs.iloc[0]), "epoch")
+        values |= _row_values(with_teachers(rows, settings), which)
+    main = at_budget(results, "", settings.get("epochs"))
+    accuracy = main[(main.metric == "accuracy") & ~main.task.isin(("2", "extra"))]
+    on_val = accuracy[accuracy.split == "val"].groupby(["arm", "teachers"]).value.mean()
+    accuracy = accuracy[accuracy.split == "test"]
+    arms: dict[Any, pd.Series] = {keys: rows.value for keys, rows in accuracy.groupby(["arm", "teachers"])}
+    if len(on_val):
+        best = on_val.idxmax()
+        values |= {"best/words": arm_words(*best), "best/pm": spread_of(arms[best], True)["pm"]}
+    if len(all_labels := results[results.arm == "scratch_all_labels"]):
+        values["words/unlabelled"] = f"{int(all_labels.labels.iloc[0]) - settings['train_size']:,}"
+    teachers = with_teachers(main, settings)
+    teachers = teachers[(teachers.arm == "teacher") & (teachers.split == "test") & (teachers.metric == "accuracy")]
+    if ("scratch", "") in arms:
+        gaps = 100 * (teachers.groupby("teachers").value.mean() - arms["scratch", ""].mean())
+        values |= {f"gap/{arch}": signed(points) for arch, points in gaps.items()}
+    return values
+
+
+def _row_values(rows: pd.DataFrame, which: str) -> dict[str, str]:
+    values: dict[str, str] = {}
+    keys: Any  # texts: pandas-stubs says Hashable
+    for keys, group in rows.groupby(["arm", "teachers", "split", "metric"]):
+        per_cent = "accuracy" in keys[-1] or keys[-1].startswith(("agreement", "ece"))
+        path = "/".join([which, *keys] if which else keys)
+        values |= {f"{path}/{name}": text for name, text in spread_of(group.value, per_cent).items()}
+    return values
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, str]:
+    if isinstance(tree, Mapping):
+        names = {key: re.sub(r"[^A-Za-z0-9_.+-]", "-", str(key)) for key in tree}
+        return {k: text for key in tree for k, text in _flat(tree[key], f"{path}/{names[key]}").items()}
+    return {path.lstrip("/"): as_words(tree, plain=path.endswith("seed"))}
+
+
+def _setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
+    words = {}
+    for name in ("epochs", "resnet50_epochs", "resnet18_epochs"):
+        if name in settings:
+            words[f"words/{name}"] = counted(settings[name], "epoch")
+    for name in ("seeds", "teacher_seeds"):
+        if name in settings:
+            words[f"words/{name}"] = counted(len(settings[name]), "seed")
+    if {"max_shift", "shift_step"} <= settings.keys():
+        shifts = 2 * settings["max_shift"] // settings["shift_step"] + 1
+        words["words/views"] = counted(2 * shifts**2, "view")
+    for arch in ARCHITECTURES:
+        if f"{arch}_trainable" in settings:
+            words[f"{arch}/trainable-words"] = WORDS[trained_part(arch, settings)]
+    return words
+
+
+# --- the PDF ---
+
+
+def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
+    """Typeset `report_dir`'s report.tex with what `generated` holds; the same input gives the same bytes.
+
+    What LaTeX needs from run to run stays in a folder beside the PDF: with nothing changed, latexmk has nothing to do.
+    Returns LaTeX's lines about boxes that stick out by more than 2 pt. Raises `UserError` when latexmk is
+    missing, when LaTeX stops (with its first error and where the log is), and for undefined references.
+    """
+    if shutil.which("latexmk") is None or shutil.which("pdflatex") is None:
+        raise LatexMissing(f"no PDF, because latexmk is missing; on Debian or Ubuntu type: {TEX_COMMAND}")
+    for needed in ("macros.tex", "notebooks.tex"):
+        if not (generated / needed).is_file():
+            raise UserError(f"report: there is no {shown_path(generated / needed)}; run the notebooks first")
+    build = pdf.with_suffix(".latex")  # ours alone: after an error it is removed, and when LaTeX was killed in it
+    if not (build / "finished").is_file():
+        shutil.rmtree(build, ignore_errors=True)
+    build.mkdir(parents=True, exist_ok=True)
+    (build / "finished").unlink(missing_ok=True)
+    for name in ("report.tex", "references.bib"):
+        shutil.copy(report_dir / name, build)
+    shutil.rmtree(build / "generated", ignore_errors=True)
+    shutil.copytree(generated, build / "generated")
+    options = "-norc -pdf -halt-on-error -interaction=nonstopmode -latexoption=-no-shell-escape".split()
+    fixed = {"FORCE_SOURCE_DATE": "1", "max_print_line": "1000"}
+    environment = {"SOURCE_DATE_EPOCH": "0"} | dict(os.environ) | fixed
+    run = subprocess.run(
+        ["latexmk", *options, "report.tex"], cwd=build, env=environment,
+        capture_output=True, encoding="utf-8", errors="replace",
+    )  # fmt: skip
+    log_file = build / "report.log"
+    log = log_file.read_text("utf-8", "replace") if log_file.is_file() else run.stdout + run.stderr
+    wrong = _what_is_wrong(log, run)
+    kept = pdf.with_suffix(".log")
+    if wrong:
+        write_text(kept, log)
+        shutil.rmtree(build)  # the next attempt starts afresh
+        raise UserError(f"report: {wrong}; the log is {shown_path(kept)}")
+    write_atomically(pdf, lambda part: shutil.copy(build / "report.pdf", part))
+    (build / "finished").touch()
+    kept.unlink(missing_ok=True)
+    sticking_out = re.finditer(r"^Overfull .*?\(([\d.]+)pt too (?:wide|high)\).*$", log, flags=re.MULTILINE)
+    return [found.group() for found in sticking_out if float(found[1]) > 2]
+
+
+def _what_is_wrong(log: str, run: subprocess.CompletedProcess) -> str:
+    if error := re.search(r"^! .*(?:\n(?!l\.\d).*){0,6}(?:\nl\.\d+.*)?", log, flags=re.MULTILINE):
+        lines = [line.strip() for line in error.group().splitlines() if line.strip()]
+        return "LaTeX stopped: " + " ".join(line for line in lines if line.startswith(("!", "l.")))
+    undefined = re.findall(r"(?:Reference|Citation) [`'](.+?)'.* undefined", log)
+    if undefined:
+        return "undefined references: " + ", ".join(dict.fromkeys(undefined))
+    return "latexmk failed: " + " ".join((run.stdout + run.stderr).split())[-300:] if run.returncode else ""
