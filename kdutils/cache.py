@@ -118,11 +118,11 @@ def resumable(
     folder: Path,
     name: str,
     key: Mapping[str, Any],
-    make: Callable[[Path], tuple[dict[str, Tensor], dict[str, Any]]],
+    make: Callable[["Checkpoint"], tuple[dict[str, Tensor], dict[str, Any]]],
 ) -> Cached:
     """A cached result whose making can be resumed: `make` is given the path of a checkpoint, removed afterwards."""
     checkpoint = cache_path(folder, name, key).with_suffix(".checkpoint")
-    made = cached(folder, name, key, functools.partial(make, checkpoint))
+    made = cached(folder, name, key, lambda: make(Checkpoint(checkpoint)))
     checkpoint.unlink(missing_ok=True)
     return made
 
@@ -342,23 +342,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Checkpoint:
-    """Writes the checkpoint of a training now and then, and finds it again."""
+    """Keeps the state of a training in a file now and then, and finds it again. A path of None keeps nothing."""
 
-    def __init__(self, path: Path | None, parts: dict, history: History):
-        self.path, self.parts, self.history = path, parts, history
+    def __init__(self, path: Path | None):
+        self.path = path
         self.last, self.cost = time.monotonic(), 0.0
 
-    def is_due(self, every: float) -> bool:
-        """Whether so many seconds have passed since the last one; writing takes a sixtieth of the time at most."""
+    def is_due(self, end_of_epoch: bool) -> bool:
+        """Whether enough seconds have passed since the last one; writing takes a sixtieth of the time at most."""
+        every = CHECKPOINT_AT_END if end_of_epoch else CHECKPOINT_EVERY
         return self.path is not None and time.monotonic() - self.last >= max(every, CHECKPOINT_EVERY * 4 * self.cost)
 
-    def save(self, epoch: int, step: int, total: Tensor, correct: Tensor) -> None:
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write a state of tensors and plain values atomically."""
         assert self.path is not None  # nothing is due without one
         start = time.monotonic()
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"history": self.history, "epoch": epoch, "step": step, "total": total, "correct": correct}
         content = io.BytesIO()
-        torch.save(state, content)
+        torch.save(dict(state), content)
         # torch.load does not check what it reads
         checksum = hashlib.sha256(content.getbuffer()).digest()
 
@@ -367,29 +367,21 @@ class Checkpoint:
                 file.write(checksum)
                 file.write(content.getbuffer())
                 file.flush()
-                os.fsync(file.fileno())  # a machine that goes down now must find the new one or the old one whole
+                os.fsync(file.fileno())  # after a power cut the new file or the old one must be whole
 
         write_atomically(self.path, write)
         self.last = time.monotonic()
         self.cost = self.last - start
 
-    def restore(self) -> tuple[int, int, Tensor, Tensor]:
-        """Load a checkpoint where there is an undamaged one: the epochs and steps done, and that epoch's sums."""
-        anew = 0, 0, torch.zeros(()), torch.zeros((), dtype=torch.int64)
+    def load(self) -> dict[str, Any] | None:
+        """The state that was saved last, on the CPU; None where there is none, or a damaged one."""
         if self.path is None or not self.path.exists():
-            return anew
+            return None
         content = self.path.read_bytes()
         if hashlib.sha256(content[32:]).digest() != content[:32]:
             print(f"{shown_path(self.path)}: is damaged (its checksum does not fit); this training starts anew")
-            return anew
-        state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-        if not state.keys() >= {*self.parts, "history", "epoch", "step", "total", "correct"}:
-            print(f"{shown_path(self.path)}: was written by an earlier version; this training starts anew")
-            return anew
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.history.update(state["history"])
-        return state["epoch"], state["step"], state["total"], state["correct"]
+            return None
+        return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
 
 
 def describe(function: Callable, within: tuple[Callable, ...] = ()) -> dict:

@@ -181,7 +181,8 @@ def combine_teachers(
     - `mean_logit`: the mean of the logits, a (normalised) geometric mean of the probabilities.
     - `confidence`: a mean of softened probabilities weighted, image by image, by the teachers' belief in the true
       label, p_k[y] / sum_j p_j[y] at T = 1. For two teachers these are the weights of Zhang et al. 2022 (CA-MKD,
-      arXiv:2201.00007): (1 - exp(CE_k) / sum_j exp(CE_j)) / (K - 1). Needs `labels` [...].
+      arXiv:2201.00007): (1 - exp(CE_k) / sum_j exp(CE_j)) / (K - 1). Needs `labels` [...]; without one (-1), an
+      image weighs the teachers equally.
 
     Raises `ValueError` for an unknown rule, fewer than two teachers, different shapes, or labels that are missing.
     """
@@ -195,11 +196,31 @@ def combine_teachers(
     if rule == "mean_prob":
         log_weights = torch.full_like(log_probs[..., :1], -math.log(len(teacher_logits)))
     elif rule == "confidence":
-        if labels is None or bool((labels < 0).any()):
-            raise ValueError("combine_teachers: the rule 'confidence' needs the label of every image")
-        true = labels[..., None].expand(stacked.shape[1:-1] + (1,))
+        if labels is None:
+            raise ValueError("combine_teachers: the rule 'confidence' needs labels")
+        true = labels.clamp(min=0)[..., None].expand(stacked.shape[1:-1] + (1,))
         believed = F.log_softmax(stacked, dim=-1).gather(-1, true.expand((len(stacked),) + true.shape))
+        believed = believed.masked_fill((labels == NO_LABEL)[..., None], 0.0)
         log_weights = F.log_softmax(believed, dim=0)
     else:
         raise ValueError(f"combine_teachers: there is no rule '{rule}'; use mean_prob, mean_logit or confidence")
     return temperature * torch.logsumexp(log_weights + log_probs, dim=0)
+
+
+def class_mean(teacher_logits: Sequence[Tensor], labels: Tensor, temperature: float) -> Tensor:
+    """A control: logits [N, V, C] whose softened probabilities are the mean over all images and views of a class.
+
+    They tell how alike classes are, and nothing about the single image. teacher_logits: one tensor [N, V, C];
+    labels: int64 [N, V].
+
+    Raises `ValueError` for several teachers, or an image without a label.
+    """
+    _check_temperature(temperature)
+    if len(teacher_logits) != 1 or bool((labels < 0).any()):
+        raise ValueError("class_mean: give one teacher's logits, and the label of every image")
+    probabilities = F.softmax(teacher_logits[0] / temperature, dim=-1)
+    target = torch.empty_like(probabilities)
+    for label in labels.unique():
+        of_class = labels == label
+        target[of_class] = probabilities[of_class].mean(dim=0)
+    return temperature * target.log()

@@ -207,9 +207,6 @@ def cut(
     suffix share their modules with `model`.
     """
     features: int = model.fc.in_features  # type: ignore[union-attr, assignment]
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = FewPixelsConv2d
     parts: OrderedDict[str, nn.Module] = OrderedDict(resize=Resize(size, resize))
     parts |= {name: module for name, module in model.named_children() if name != "fc"}
     parts["flatten"] = nn.Flatten()
@@ -222,67 +219,6 @@ def cut(
     prefix = nn.Sequential(OrderedDict((name, parts[name]) for name in names[:at]))
     suffix = nn.Sequential(OrderedDict((name, parts[name]) for name in names[at:]))
     return prefix.eval().requires_grad_(False), suffix.requires_grad_(True)
-
-
-class FewPixelsConv2d(nn.Conv2d):
-    """The same convolution, faster on a CPU where its input has few pixels: a matrix product for every output pixel.
-
-    The last block of a ResNet sees 4x4 and 2x2 pixels of an image of 64x64. Half of what a padded 3x3 window covers
-    there is padding, which is left out here. Of a handful of images it would cost more to move the weights than that
-    saves. The numbers agree but for rounding.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        few = x.shape[2] * x.shape[3] <= 16 and len(x) >= 16
-        few = few and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if not few or self.groups > 1 or self.dilation != (1, 1) or isinstance(self.padding, str):
-            return super().forward(x)
-        if self.kernel_size == (1, 1) and self.padding == (0, 0):
-            pixels = x[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
-            return F.linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        out = _ByOutputPixel.apply(x, self.weight, self.stride, self.padding)
-        return out if self.bias is None else out + self.bias[:, None, None]
-
-
-class _ByOutputPixel(torch.autograd.Function):
-    """A convolution without bias of x [B, I, H, W] with weight [O, I, h, w]; fastest where both are channels-last."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-        rows, columns = (_windows(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i]) for i in (0, 1))
-        ctx.save_for_backward(x, weight)
-        ctx.windows = [
-            ((..., i, j, slice(None)), (..., rows[i][0], columns[j][0], slice(None)),
-             (..., rows[i][1], columns[j][1], slice(None)))
-            for i, j in itertools.product(range(len(rows)), range(len(columns)))
-        ]  # fmt: skip
-        pixels, kernel = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
-        out = x.new_empty(len(x), len(rows), len(columns), len(weight))
-        for at, covered, part in ctx.windows:
-            out[at] = pixels[covered].flatten(1) @ kernel[part].flatten(1).t()
-        return out.permute(0, 3, 1, 2)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        pixels, kernel = (tensor.permute(0, 2, 3, 1) for tensor in ctx.saved_tensors)
-        of_out = gradient.permute(0, 2, 3, 1)
-        of_pixels = torch.zeros_like(pixels, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        of_kernel = torch.zeros_like(kernel, memory_format=torch.contiguous_format)
-        for at, covered, part in ctx.windows:
-            weights = kernel[part]
-            of_kernel[part] += (of_out[at].t() @ pixels[covered].flatten(1)).view(weights.shape)
-            if of_pixels is not None:
-                of_pixels[covered] += (of_out[at] @ weights.flatten(1)).view(pixels[covered].shape)
-        return None if of_pixels is None else of_pixels.permute(0, 3, 1, 2), of_kernel.permute(0, 3, 1, 2), None, None
-
-
-def _windows(size: int, kernel: int, stride: int, padding: int) -> list[tuple[slice, slice]]:
-    """Along one side, for every output pixel: the pixels under the kernel, and the part of the kernel over them."""
-    starts = range(-padding, size + padding - kernel + 1, stride)
-    return [
-        (slice(max(0, start), min(size, start + kernel)), slice(max(0, -start), min(kernel, size - start)))
-        for start in starts
-    ]
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdutils.cache import (
+    Checkpoint,
     cache_path,
     check_writable,
     fingerprint,
@@ -23,9 +24,10 @@ from kdutils.cache import (
 )
 from kdutils.compat import ensure_torchvision
 from kdutils.data.images import Split, read_image_folder
-from kdutils.data.views import NUM_CROPS, crop_pixels, make_views, view_pixels
+from kdutils.data.views import make_views, view_pixels
 from kdutils.losses import cross_entropy
 from kdutils.models import cut, normalise, pretraining_facts, read_header, read_state, seeded, with_state
+from kdutils.progress import TrainingProgress
 from kdutils.settings import ROOT, UserError, shown_path
 from kdutils.training import History, Recipe, fit
 
@@ -34,6 +36,7 @@ CROP_SIZE = 32  # and are resized to that of CIFAR-10's images: a teacher meets 
 LABEL_SMOOTHING = 0.1
 # Peak learning rates per 128 images of a batch; they grow with it (Goyal et al. 2017, arXiv:1706.02677)
 RATE_FROM_RANDOM, RATE_TO_CONTINUE = 0.2, 0.06
+NUM_CROPS = 2**61  # 20 bits each for a crop's size and place, one for its flip
 
 
 class Pretraining(NamedTuple):
@@ -55,7 +58,7 @@ def default_recipe(epochs: int, batch_size: int, learning_rate: float | None, sc
 
 def pretrain(
     how: Pretraining, train: Split, val: Split, num_classes: int, *, crops: bool = True,
-    init: Mapping[str, Tensor] | None = None, name: str | None = None, checkpoint: Path | None = None,
+    init: Mapping[str, Tensor] | None = None, name: str | None = None, checkpoint: Checkpoint | None = None,
 ) -> tuple[dict[str, Tensor], History]:  # fmt: skip
     """Train a ResNet on random crops of `train`; returns its state dict and the history.
 
@@ -76,9 +79,27 @@ def pretrain(
         network, lambda index, view: normalise(pixels(index, view)), labels,
         lambda logits, index, view: cross_entropy(logits, labels[index], label_smoothing=LABEL_SMOOTHING),
         how.recipe, num_views=num_views, seed=how.seed, validation=(_whole(val.images), val.labels),
-        precision=how.precision, name=name or f"{how.arch}: pre-training", checkpoint=checkpoint,
+        precision=how.precision, progress=TrainingProgress(name or f"{how.arch}: pre-training"),
+        checkpoint=checkpoint,
     )  # fmt: skip
     return network.state_dict(), history
+
+
+def crop_pixels(images: Tensor, index: Tensor, crop: Tensor, size: int) -> Tensor:
+    """Square crops of 40 to 100 % of an image's area, flipped or not, resized to `size`: float [B, 3, size, size].
+
+    images: uint8 [N, 3, H, W]; index: int64 [B]; crop: int64 [B], 0 to NUM_CROPS - 1, names a crop exactly. Values
+    stay within 0..255; bilinear, so meant for images at most about one and a half times as large as the crops.
+    """
+    fractions = [((crop >> shift) & 0xFFFFF).float() / 0xFFFFF for shift in (1, 21, 41)]
+    side = (0.4 + 0.6 * fractions[0]).sqrt()
+    right, down = ((1 - side) * (2 * fraction - 1) for fraction in fractions[1:])
+    flip = 1.0 - 2.0 * (crop & 1)
+    zero = torch.zeros_like(side)
+    where = torch.stack([torch.stack([side * flip, zero, right], 1), torch.stack([zero, side, down], 1)], 1)
+    grid = F.affine_grid(where, [len(index), images.shape[1], size, size], align_corners=False)
+    pixels = F.grid_sample(images[index].float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def _network(how: Pretraining, num_classes: int, init: Mapping[str, Tensor] | None) -> torch.nn.Module:
@@ -133,7 +154,7 @@ def pretrain_on_folder(
         # its outputs may stand for other classes, or the same in another order
         before = {name: tensor for name, tensor in before.items() if not name.startswith("fc.")}
 
-    def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
+    def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
         with lower_if_out_of_memory(f"{how.arch}: pre-training", "--batch-size or --size"):
             on_device = {part: split.to(how.device) for part, split in parts.items()}
             state, history = pretrain(

@@ -83,18 +83,22 @@ class TrainingProgress:
     """Shows a training's progress: a tqdm bar for people, plain lines for files and batch runs (one an epoch, and one
     a minute in long epochs)."""
 
-    def __init__(self, name: str, epochs: int, steps: int, first: float):
-        self.name, self.epochs, self.steps, self.first = name, epochs, steps, first
-        self.start = self.shown = time.monotonic()
+    def __init__(self, name: str):
+        self.name = name
+        self.bar = self.plain = None
 
     def __enter__(self) -> "TrainingProgress":
+        return self
+
+    def begin(self, epochs: int, steps: int, done: float) -> None:
+        """Open the bar or the log; `done`: epochs done before."""
+        self.epochs, self.steps, self.first = epochs, steps, done
+        self.start = self.shown = time.monotonic()
         self.plain = open_progress_log()
-        self.bar = None
         if self.plain is None:
             # n counts epochs, by steps
             form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]"
-            self.bar = _bar(desc=self.name, total=self.epochs, initial=self.first, bar_format=form)
-        return self
+            self.bar = _bar(desc=self.name, total=epochs, initial=done, bar_format=form)
 
     def step(self, epoch: int, step: int) -> None:
         if self.bar is not None:

@@ -1,18 +1,25 @@
-"""Students: an arm is a loss and its teachers; every arm is trained by the same `fit`, from paired seeds."""
+"""Students: a method is a loss and its teachers; every method trains the same network in the same way."""
 
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kdutils.cache import Cached, cached, describe, lower_if_out_of_memory, resumable, source_of
-from kdutils.data.images import Dataset
-from kdutils.data.views import Pool, make_views, view_pixels
+from kdutils.cache import (
+    Cached,
+    Checkpoint,
+    cached,
+    describe,
+    lower_if_out_of_memory,
+    resumable,
+    source_of,
+    tensor_checksum,
+)
+from kdutils.data.images import Dataset, Split
+from kdutils.data.views import make_views, view_pixels
 from kdutils.losses import (
     combine_teachers,
     cross_entropy,
@@ -22,8 +29,9 @@ from kdutils.losses import (
     standardised_distillation_loss,
 )
 from kdutils.models import SmallCNN, normalise, seeded
+from kdutils.progress import TrainingProgress
 from kdutils.settings import Settings, UserError
-from kdutils.teachers import Teacher, TeacherRun
+from kdutils.teachers import Teacher, soft_labels
 from kdutils.training import History, Recipe, fit, memory_format, predict
 
 
@@ -31,27 +39,27 @@ from kdutils.training import History, Recipe, fit, memory_format, predict
 class Method:
     """One way to train the student.
 
-    loss: `loss(student_logits, labels)` without teachers, `loss(student_logits, teacher_logits, labels)` with;
-    bind its parameters with `functools.partial`. combine: for two or more teachers, makes one target of a list of
-    their logits: `combine(list_of_logits, labels=labels)`. start: trained students, one a seed, to go on from (with a
-    fresh optimizer) instead of random weights.
+    loss: `loss(student_logits, labels)` without teachers, `loss(student_logits, teacher_logits, labels)` with; bind its
+    parameters with `functools.partial`. combine: makes one target of a list of teachers' logits,
+    `combine(list_of_logits, labels=labels)`; two or more teachers need it.
     """
 
     name: str
     loss: Callable[..., Tensor]
     teachers: tuple[Teacher, ...] = ()
     combine: Callable[..., Tensor] | None = None
-    start: Sequence["StudentRun"] = ()
 
     def __post_init__(self) -> None:
-        if (len(self.teachers) > 1) != (self.combine is not None):
-            raise UserError(f"arm {self.name}: give `combine` with two or more teachers, and only then")
+        if len(self.teachers) > 1 and self.combine is None:
+            raise UserError(f"method {self.name}: two or more teachers need `combine`; give one, such as mean_prob")
+        if self.combine is not None and not self.teachers:
+            raise UserError(f"method {self.name}: `combine` needs teachers; give some, or leave it out")
         wanted = ("student_logits", "teacher_logits", "labels") if self.teachers else ("student_logits", "labels")
         try:
             inspect.signature(self.loss).bind(*wanted)
         except TypeError as error:
             raise UserError(
-                f"arm {self.name}: the loss must be callable as loss({', '.join(wanted)}) ({error}); bind its other "
+                f"method {self.name}: the loss cannot be called as loss({', '.join(wanted)}) ({error}); bind its other "
                 "parameters by name with functools.partial"
             ) from error
 
@@ -59,10 +67,15 @@ class Method:
     def teacher_names(self) -> tuple[str, ...]:
         return tuple(teacher.arch for teacher in self.teachers)
 
+    @property
+    def words(self) -> str:
+        """The method in progress lines and messages: `kd resnet18`."""
+        return " ".join((self.name, *self.teacher_names))
+
 
 @dataclasses.dataclass(frozen=True)
 class StudentRun:
-    """One trained student: logits float32 [N, C] of `train`, `val` and `test` (view 0)."""
+    """One trained student. logits: float32 [N, C] of `train`, `val` and `test`, the images as they are (view 0)."""
 
     arm: str
     teachers: tuple[str, ...]
@@ -79,14 +92,17 @@ class StudentRun:
 
 
 def _distilling(loss: Callable[..., Tensor], **constants: float) -> Callable[[Settings], Callable[..., Tensor]]:
-    """A loss with its constants; temperature, weight of the soft labels and label smoothing are the settings'."""
+    """A loss with its constants; temperature, weight of the soft labels and label smoothing come from the settings."""
     return lambda settings: functools.partial(
-        loss, temperature=settings.temperature, alpha=settings.alpha, label_smoothing=settings.kd_label_smoothing,
+        loss,
+        temperature=settings.temperature,
+        alpha=settings.alpha,
+        label_smoothing=settings.kd_label_smoothing,
         **constants,
-    )  # fmt: skip
+    )
 
 
-LOSSES: dict[str, Callable[[Settings], Callable[..., Tensor]]] = {  # of the arms that are known by name
+LOSSES: dict[str, Callable[[Settings], Callable[..., Tensor]]] = {  # of the methods that are known by name
     "scratch": lambda settings: functools.partial(cross_entropy, label_smoothing=settings.label_smoothing),
     "kd": _distilling(distillation_loss),
     "dkd": _distilling(dkd_distillation_loss, dkd_alpha=1.0, dkd_beta=2.0),
@@ -96,7 +112,7 @@ LOSSES: dict[str, Callable[[Settings], Callable[..., Tensor]]] = {  # of the arm
 
 
 def named_method(name: str, settings: Settings, teachers: Sequence[Teacher] = (), rule: str = "mean_prob") -> Method:
-    """The arm of a name in `LOSSES`, as the notebooks have it; two teachers are combined by the rule."""
+    """The method of a name in `LOSSES`, as the notebooks have it; two teachers are combined by the rule."""
     loss = LOSSES[name](settings)
     if len(teachers) < 2:
         return Method(name, loss, tuple(teachers))
@@ -116,157 +132,113 @@ def student_recipe(settings: Settings) -> Recipe:
     )
 
 
-def train_students(arm: Method, dataset: Dataset, settings: Settings, pool: Pool | None = None) -> list[StudentRun]:
+def train_students(
+    method: Method, dataset: Dataset, settings: Settings, train: Split | None = None
+) -> list[StudentRun]:
     """Train the student once per seed of the settings, or load what was trained under the same conditions.
 
-    One seed fixes the initial weights, the order of the images and their views, in every arm alike. With a `pool` it is
-    trained on that in place of the data set's training images; the teachers' `view_logits` must be for it, too
-    (`teachers.teach`).
+    One seed fixes the initial weights, the order of the images and their views, in every method alike. `train`: images
+    to train on in place of the data set's, some of which may have no label (-1).
     """
-    return [_train_student(arm, dataset, settings, seed, pool) for seed in settings.seeds]
+    return [_train_student(method, dataset, settings, seed, train) for seed in settings.seeds]
 
 
-def _file_name(arm: Method, seed: int) -> str:
-    return "-".join([arm.name, *arm.teacher_names, f"seed{seed}"])
+def fit_student(method: Method, dataset: Dataset, settings: Settings, seed: int, train: Split | None = None) -> Cached:
+    """One seed's student, or the one trained under the same conditions: its state, and its `history`.
 
-
-def _called(arm: Method, seed: int) -> str:
-    return f"{' '.join((arm.name, *arm.teacher_names))}, seed {seed}"
-
-
-def fit_student(arm: Method, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None) -> Cached:
-    """One seed's student, or the one that was trained under the same conditions: its state, and its `history`.
-
-    Test images are not looked at.
+    The test images are not touched.
     """
-    recipe = student_recipe(settings)
+    trained_on = dataset.part_checksums["train"] if train is None else tensor_checksum(train._asdict())[:16]
     key = {
-        "what": "student", "network": source_of(SmallCNN), "loss": describe(arm.loss),
-        "combine": describe(arm.combine) if arm.combine else None,
-        "teachers": [teacher.run_for(seed).fingerprint for teacher in arm.teachers],
-        "data": [dataset.part_checksums[part] for part in ("train", "val")], "views": settings.views,
-        "recipe": dataclasses.asdict(recipe), "seed": seed,
+        "what": "student",
+        "network": source_of(SmallCNN),
+        "loss": describe(method.loss),
+        "combine": describe(method.combine) if method.combine else None,
+        "teachers": [teacher.run_for(seed).fingerprint for teacher in method.teachers],
+        "data": [trained_on, dataset.part_checksums["val"]],
+        "views": settings.views,
+        "recipe": dataclasses.asdict(student_recipe(settings)),
+        "seed": seed,
         "precision": settings.precision,
-    }  # fmt: skip
-    if pool is not None:
-        key |= {"data": [pool.fingerprint, dataset.part_checksums["val"]], "views": pool.name}
-    start = {run.seed: run for run in arm.start}
-    if start:
-        if seed not in start:
-            raise UserError(f"arm {arm.name}: there is no student of seed {seed} to start from; train one first")
-        key["start"] = start[seed].fingerprint
-    called = _called(arm, seed)
+    }
+    called = f"{method.words}, seed {seed}"
 
-    def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
+    def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
         model = seeded(seed, SmallCNN, len(dataset.classes))
-        if start:
-            model.load_state_dict(start[seed].state)
         with lower_if_out_of_memory(called, "batch_size"):
-            history = fit(
-                model, **fit_arguments(arm, dataset, settings, seed, pool), checkpoint=checkpoint, name=called
-            )
+            arguments = fit_arguments(method, dataset, settings, seed, train)
+            history = fit(model, **arguments, progress=TrainingProgress(called), checkpoint=checkpoint)
         return model.state_dict(), {"history": history}
 
-    return resumable(settings.run_folder / "students", _file_name(arm, seed), key, make)
+    return resumable(settings.run_folder / "students", _file_name(method, seed), key, make)
 
 
-def _train_student(arm: Method, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None) -> StudentRun:
-    trained = fit_student(arm, dataset, settings, seed, pool)
+def fit_arguments(
+    method: Method, dataset: Dataset, settings: Settings, seed: int, train: Split | None = None
+) -> dict[str, Any]:
+    """What `fit` needs to train the student of a method and seed, but for the network and the checkpoint."""
+    images, labels = train or dataset.train
+    viewed = make_views(images, **settings.views)
+    num_views = len(viewed.table)
+    target = _target(method, images, labels, num_views, seed)
+
+    def loss(logits: Tensor, index: Tensor, view: Tensor) -> Tensor:
+        if target is None:
+            return method.loss(logits, labels[index])
+        return method.loss(logits, target[index, view], labels[index])
+
+    return {
+        "inputs": lambda index, view: normalise(view_pixels(viewed, index, view)),
+        "labels": labels,
+        "loss": loss,
+        "recipe": student_recipe(settings),
+        "num_views": num_views,
+        "seed": seed,
+        "validation": (normalise(dataset.val.images), dataset.val.labels),
+        "precision": settings.precision,
+    }
+
+
+def _target(method: Method, images: Tensor, labels: Tensor, num_views: int, seed: int) -> Tensor | None:
+    """The logits float32 [N, V, C] that the student of this seed learns from."""
+    if not method.teachers:
+        return None
+    logits = [soft_labels(teacher, images, num_views)[teacher.number_for(seed)].float() for teacher in method.teachers]
+    if method.combine is None:
+        return logits[0]
+    return method.combine(logits, labels=labels[:, None].expand(logits[0].shape[:2]))
+
+
+def _train_student(method: Method, dataset: Dataset, settings: Settings, seed: int, train: Split | None) -> StudentRun:
+    trained = fit_student(method, dataset, settings, seed, train)
 
     def make_logits() -> tuple[dict[str, Tensor], dict]:
         model = student_network(trained.tensors).to(settings.device)
-        with lower_if_out_of_memory(f"{_called(arm, seed)}: logits", "train_size or test_size"):
+        with lower_if_out_of_memory(f"{method.words}, seed {seed}: logits", "train_size or test_size"):
             images = {part: normalise(getattr(dataset, part).images) for part in ("train", "val", "test")}
             return {part: predict(model, x, settings.precision) for part, x in images.items()}, {}
 
     logits_key = {"what": "student's logits", "student": trained.fingerprint, "data": dataset.checksum}
-    name = f"{_file_name(arm, seed)}-logits"
+    name = f"{_file_name(method, seed)}-logits"
     found = cached(settings.run_folder / "students", name, logits_key, make_logits).tensors
-    logits = {part: tensor.to(settings.device) for part, tensor in found.items()}
     return StudentRun(
-        arm.name, arm.teacher_names, seed, trained.facts["history"], logits, trained.tensors, trained.seconds,
-        trained.fingerprint,
-    )  # fmt: skip
+        arm=method.name,
+        teachers=method.teacher_names,
+        seed=seed,
+        history=trained.facts["history"],
+        logits={part: tensor.to(settings.device) for part, tensor in found.items()},
+        state=trained.tensors,
+        seconds=trained.seconds,
+        fingerprint=trained.fingerprint,
+    )
 
 
-def fit_arguments(
-    arm: Method, dataset: Dataset, settings: Settings, seed: int, pool: Pool | None = None
-) -> dict[str, Any]:
-    """What `fit` is given to train the student of an arm and seed, but for the network and where it is kept."""
-    pixels: Callable[[Tensor, Tensor], Tensor]
-    if pool is None:
-        viewed = make_views(dataset.train.images, **settings.views)
-        labels, num_views, pixels = dataset.train.labels, len(viewed.table), functools.partial(view_pixels, viewed)
-    else:
-        labels, num_views, pixels = pool.labels, pool.num_views, pool.pixels
-    target = _target(arm, labels, seed)
-    if target is not None and target.shape[:2] != (len(labels), num_views):
-        raise UserError(
-            f"arm {arm.name}: the teachers' logits are for {target.shape[0]:,} images in {target.shape[1]} views, the "
-            f"student's are {len(labels):,} in {num_views}; let the teachers label the same images (teachers.teach)"
-        )
-
-    def loss(logits: Tensor, index: Tensor, view: Tensor) -> Tensor:
-        if target is None:
-            return arm.loss(logits, labels[index])
-        return arm.loss(logits, target[index, view], labels[index])
-
-    return {
-        "inputs": lambda index, view: normalise(pixels(index, view)), "labels": labels, "loss": loss,
-        "recipe": student_recipe(settings), "num_views": num_views, "seed": seed,
-        "validation": (normalise(dataset.val.images), dataset.val.labels), "precision": settings.precision,
-    }  # fmt: skip
-
-
-def as_teacher(students: Sequence[StudentRun], dataset: Dataset, settings: Settings) -> Teacher:
-    """Trained students as the teacher of others (Furlanello et al. 2018, arXiv:1805.04770): `view_logits` float16
-    [N, V, C] of the training images, which are kept with the students.
-
-    With the seeds 0, 1, ... every student learns from the next one, the last from the first: from other initial weights
-    and another order than its own.
-    """
-    viewed = make_views(dataset.train.images, **settings.views)
-    index = torch.arange(len(dataset.train.labels), device=dataset.train.images.device)
-
-    def label(student: StudentRun) -> tuple[dict[str, Tensor], dict]:
-        network = student.network().to(settings.device)
-        logits = [
-            predict(network, normalise(view_pixels(viewed, index, torch.full_like(index, view))), settings.precision)
-            for view in range(len(viewed.table))
-        ]
-        return {"logits": torch.stack(logits, dim=1).half()}, {}
-
-    runs = []
-    for student in (*students[1:], *students[:1]):
-        key = {
-            "what": "student's logits of every view", "student": student.fingerprint,
-            "data": dataset.part_checksums["train"], "views": settings.views, "precision": settings.precision,
-        }  # fmt: skip
-        name = f"{student.arm}-seed{student.seed}-views"
-        found = cached(settings.run_folder / "students", name, key, functools.partial(label, student))
-        runs.append(TeacherRun(
-            "student", "all", student.seed, student.history, student.logits,
-            found.tensors["logits"].to(settings.device), student.seconds, found.fingerprint,
-        ))  # fmt: skip
-    parameters = sum(tensor.numel() for tensor in students[0].state.values())
-    return Teacher(
-        "student", "all", runs, description="students from scratch", is_standin=False, checksum=runs[0].fingerprint,
-        parameters_total=parameters, parameters_trained=parameters, views_trained=len(viewed.table),
-        feature_seconds=0.0,
-    )  # fmt: skip
+def _file_name(method: Method, seed: int) -> str:
+    return "-".join([method.name, *method.teacher_names, f"seed{seed}"])
 
 
 def student_network(state: dict[str, Tensor]) -> SmallCNN:
+    """The student with these weights, in eval mode."""
     model = SmallCNN(state["fc2.bias"].numel())
     model.load_state_dict(state)
     return memory_format(model).eval()
-
-
-def _target(arm: Method, labels: Tensor, seed: int) -> Tensor | None:
-    """The logits float32 [N, V, C] that the student of this seed learns from."""
-    if not arm.teachers:
-        return None
-    logits = [teacher.run_for(seed).view_logits.float() for teacher in arm.teachers]
-    if arm.combine is None:
-        return logits[0]
-    return arm.combine(logits, labels=labels[:, None].expand(logits[0].shape[:2]))

@@ -1,16 +1,15 @@
-"""One `fit` for everything that is trained, and `predict`."""
+"""The only training loop: `fit` trains a network, `predict` runs one."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdutils.cache import CHECKPOINT_AT_END, CHECKPOINT_EVERY, Checkpoint, History
+from kdutils.cache import Checkpoint, History
 from kdutils.progress import TrainingProgress
 from kdutils.settings import UserError
 
@@ -21,9 +20,9 @@ Network = TypeVar("Network", bound=nn.Module)
 class Recipe:
     """How a network is trained.
 
-    optimizer: `adam`, `adamw` or `sgd` (Nesterov momentum 0.9); weight decay on matrices and filters only.
-    schedule, over all steps: `constant`; `cosine` (from the rate down to 0); `one_cycle` (linear rise over the first
-    quarter, then cosine to 0; after Smith and Topin 2018, arXiv:1708.07120).
+    optimizer: `adam`, `adamw` or `sgd` (Nesterov momentum 0.9); weight decay acts on matrices and filters only.
+    schedule, over all steps: `constant`; `cosine` (from the learning rate down to 0); `one_cycle` (linear rise over the
+    first quarter, then cosine to 0; after Smith and Topin 2018, arXiv:1708.07120).
     """
 
     epochs: int
@@ -35,23 +34,23 @@ class Recipe:
 
 
 class TrainingError(UserError):
-    """A training that went wrong: names what was trained, the epoch and what to change."""
+    """A training diverged. The message names what was trained, the epoch and what to change."""
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
-    """Mixed precision as the settings' `precision` says."""
+    """Mixed precision: `bfloat16` where the precision says so, else nothing."""
     return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def memory_format(model: Network) -> Network:
-    """Lay out convolution weights channels-last, the faster layout of both CPUs and GPUs."""
+    """Lay out convolution weights channels-last, the faster layout on CPUs and GPUs."""
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def draw(seed: int, epoch: int, num_examples: int, num_views: int) -> tuple[Tensor, Tensor]:
-    """The order of the images and the view of each in one epoch: two int64 [N].
+    """The order of the images and the view of each image in one epoch: two int64 [N].
 
-    Depends on its arguments alone: arms with one seed see the same, and a resumed training goes on with the same.
+    They depend on the arguments alone: methods with the same seed see the same batches, and so does a resumed training.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(num_examples, generator=generator)
@@ -69,21 +68,19 @@ def fit(
     seed: int,
     validation: tuple[Tensor, Tensor],
     precision: str = "float32",
-    name: str = "training",
-    checkpoint: Path | None = None,
     last_layer_factor: float = 1.0,
+    progress: TrainingProgress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train `model` in place; the last epoch counts. Returns loss and accuracy of every epoch.
 
-    Every step takes a batch of (index [B], view [B]) pairs: `inputs(index, view)` is what the model is given,
-    `loss(logits [B, C], index, view)` a scalar. `labels` int64 [N] (-1: none) are for the training accuracy, which is
-    measured on the augmented views of the labelled images while training. `validation` holds inputs and labels. The
-    last, incomplete batch of an epoch is left out. `last_layer_factor`: the learning rate of the layer called `fc`, in
-    terms of the recipe's.
-    With a `checkpoint` path, a training that was cut goes on from the step it was last saved at.
+    A batch is a list of (index [B], view [B]) pairs: `inputs(index, view)` is the network's input,
+    `loss(logits [B, C], index, view)` a scalar. `labels` int64 [N] (-1: none) serve the training accuracy, which is
+    measured while training, on the views drawn. `validation`: inputs and labels. An epoch leaves out its last,
+    incomplete batch. `last_layer_factor` multiplies the learning rate of the layer called `fc`. With a checkpoint, an
+    interrupted training resumes at the step that was saved last.
 
-    Raises `TrainingError` when an epoch's loss or the logits after it are not finite, or the loss of an epoch so far
-    where it would be saved.
+    Raises `TrainingError` when the loss or the validation logits are not finite.
     """
     device = labels.device
     memory_format(model.to(device))
@@ -91,59 +88,83 @@ def fit(
     batch_size = min(recipe.batch_size, len(labels))
     steps = len(labels) // batch_size
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(recipe.schedule, steps * recipe.epochs))
-    history: History = {key: [] for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")}
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    saver = Checkpoint(checkpoint, parts, history)
-    first, first_step, total, correct = saver.restore()
-    total, correct = total.to(device), correct.to(device)
-
-    def mean_loss(epoch: int, step: int) -> float:
-        return finite(total.item() / step, "the loss", epoch)
-
-    def finite(value: float, what: str, epoch: int) -> float:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"{name}: {what} is {value} in epoch {epoch + 1} (seed {seed}); lower the learning rate"
-            )
-        return value
-
-    with TrainingProgress(name, recipe.epochs, steps, first + first_step / steps) as report:
-        for epoch in range(first, recipe.epochs):
-            order, view = (t.to(device) for t in draw(seed, epoch, len(labels), num_views))
-            batches = list(zip(order.split(batch_size), view.split(batch_size)))[first_step:steps]
+    state = _State({"model": model, "optimizer": optimizer, "schedule": schedule}, checkpoint, device)
+    with progress or TrainingProgress("training") as shown:
+        shown.begin(recipe.epochs, steps, state.epoch + state.step / steps)
+        for epoch in range(state.epoch, recipe.epochs):
+            order, views = (drawn.to(device) for drawn in draw(seed, epoch, len(labels), num_views))
+            batches = list(zip(order.split(batch_size), views.split(batch_size)))[state.step : steps]
             model.train()
-            for step, (batch, batch_view) in enumerate(batches, start=first_step + 1):
-                x = inputs(batch, batch_view)
+            for index, view in batches:
+                x = inputs(index, view)
                 with autocast(device.type, precision):
                     logits = model(x)
                 logits = logits.float()
-                value = loss(logits, batch, batch_view)
+                value = loss(logits, index, view)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
                 optimizer.step()
                 schedule.step()
-                # kept on the device: reading a number each step would stall a GPU
-                total += value.detach()
-                correct += (logits.detach().argmax(dim=1) == labels[batch]).sum()
-                if step < steps:
-                    report.step(epoch, step)
-                    if saver.is_due(CHECKPOINT_EVERY):
-                        mean_loss(epoch, step)  # what is not finite must not be saved
-                        saver.save(epoch, step, total, correct)
-            history["train_loss"].append(mean_loss(epoch, steps))
-            logits = predict(model, validation[0], precision=precision)
-            finite(logits.abs().max().item(), "the largest of the validation images' logits", epoch)
-            labelled = (labels[order[: steps * batch_size]] >= 0).sum().item()
-            history["train_accuracy"].append(correct.item() / max(1, labelled))
-            history["val_loss"].append(F.cross_entropy(logits, validation[1]).item())
-            history["val_accuracy"].append((logits.argmax(dim=1) == validation[1]).float().mean().item())
-            report.epoch(history)
-            first_step = 0
-            total, correct = torch.zeros_like(total), torch.zeros_like(correct)
-            if epoch + 1 < recipe.epochs and saver.is_due(CHECKPOINT_AT_END):
-                saver.save(epoch + 1, 0, total, correct)
+                state.count(value, logits, labels[index])
+                if state.step < steps:
+                    shown.step(epoch, state.step)
+                    state.save_if_due(shown.name)
+            val_logits = predict(model, validation[0], precision=precision)
+            state.end_epoch(shown.name, val_logits, validation[1], (labels[order[: steps * batch_size]] >= 0).sum())
+            shown.epoch(state.history)
+            if epoch + 1 < recipe.epochs:
+                state.save_if_due(shown.name, end_of_epoch=True)
     model.eval()
-    return history
+    return state.history
+
+
+class _State:
+    """Where a training stands, which is what its checkpoint holds: epochs and steps done, the running epoch's sums."""
+
+    def __init__(self, parts: dict[str, Any], checkpoint: Checkpoint | None, device: torch.device):
+        self.parts, self.checkpoint = parts, checkpoint
+        self.history: History = {key: [] for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")}
+        self.epoch = self.step = 0
+        # kept on the device: reading a number in each step would stall a GPU
+        self.total, self.correct = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+        if checkpoint is not None and (saved := checkpoint.load()) is not None:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            self.history, self.epoch, self.step = saved["history"], saved["epoch"], saved["step"]
+            self.total, self.correct = saved["total"].to(device), saved["correct"].to(device)
+
+    def count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self.total += loss.detach()
+        self.correct += (logits.detach().argmax(dim=1) == labels).sum()
+        self.step += 1
+
+    def end_epoch(self, name: str, logits: Tensor, labels: Tensor, labelled: Tensor) -> None:
+        """Add the epoch to the history; logits and labels are those of the validation images."""
+        self.history["train_loss"].append(self._mean_loss(name))
+        _finite(logits.abs().max().item(), "the largest validation logit", name, self.epoch)
+        self.history["train_accuracy"].append(self.correct.item() / max(1, labelled.item()))
+        self.history["val_loss"].append(F.cross_entropy(logits, labels).item())
+        self.history["val_accuracy"].append((logits.argmax(dim=1) == labels).float().mean().item())
+        self.epoch, self.step = self.epoch + 1, 0
+        self.total, self.correct = torch.zeros_like(self.total), torch.zeros_like(self.correct)
+
+    def save_if_due(self, name: str, end_of_epoch: bool = False) -> None:
+        if self.checkpoint is None or not self.checkpoint.is_due(end_of_epoch):
+            return
+        if self.step:
+            self._mean_loss(name)  # a state that has diverged must not be saved
+        state = {part: value.state_dict() for part, value in self.parts.items()}
+        facts = ("history", "epoch", "step", "total", "correct")
+        self.checkpoint.save(state | {fact: getattr(self, fact) for fact in facts})
+
+    def _mean_loss(self, name: str) -> float:
+        return _finite(self.total.item() / self.step, "the loss", name, self.epoch)
+
+
+def _finite(value: float, what: str, name: str, epoch: int) -> float:
+    if not math.isfinite(value):
+        raise TrainingError(f"{name}: {what} is {value} in epoch {epoch + 1}; lower the learning rate")
+    return value
 
 
 @torch.inference_mode()
@@ -163,7 +184,7 @@ def predict(model: nn.Module, inputs: Tensor, precision: str = "float32", batch_
 def make_optimizer(
     model: nn.Module, recipe: Recipe, device: torch.device, last_layer_factor: float = 1.0
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer for what can be trained of the model; fused where torch has that."""
+    """The recipe's optimizer for the trainable parameters of the model; fused where torch has that."""
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
