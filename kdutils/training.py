@@ -141,7 +141,7 @@ class _State:
     def end_epoch(self, name: str, logits: Tensor, labels: Tensor, labelled: Tensor) -> None:
         """Add the epoch to the history; logits and labels are those of the validation images."""
         self.history["train_loss"].append(self._mean_loss(name))
-        _finite(logits.abs().max().item(), "the largest validation logit", name, self.epoch)
+        _finite(logits.abs().max().item(), "the largest of the validation logits", name, self.epoch)
         self.history["train_accuracy"].append(self.correct.item() / max(1, labelled.item()))
         self.history["val_loss"].append(F.cross_entropy(logits, labels).item())
         self.history["val_accuracy"].append((logits.argmax(dim=1) == labels).float().mean().item())

@@ -7,6 +7,7 @@ import yaml
 from kdutils.compat import ensure_torchvision
 from kdutils.data.images import Dataset, Split
 from kdutils.settings import UserError, load_settings
+from kdutils.teachers import Teacher, TeacherRun
 
 ensure_torchvision()  # for the tests that import torchvision themselves
 
@@ -84,3 +85,14 @@ def toy_data():
         "toy", [f"class{i}" for i in range(10)], split(40), split(10), split(10), checksum="toy",
         part_checksums={"train": "a", "val": "b", "test": "c"}, is_generated=False, is_cifar10=False,
     )  # fmt: skip
+
+
+def fake_teacher(data, arch="resnet50", seeds=(0,)):
+    """A teacher with random opinions of the training images, other ones in every view and run."""
+
+    def logits(images, view=0):
+        generator = torch.Generator().manual_seed(view + 100 * len(arch))
+        return 3 * torch.randn(len(seeds), len(images), 10, generator=generator).half()
+
+    runs = [TeacherRun(arch, "last_layer", seed, {}, {}, 0.0, f"{arch} {seed}") for seed in seeds]
+    return Teacher(arch, "last_layer", runs, logits, "a fake", True, "x", 1, 1, 1, 0.0)
