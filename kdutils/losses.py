@@ -15,13 +15,13 @@ NO_LABEL = -1
 
 def _check_temperature(temperature: float) -> None:
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: {temperature} will not do; it must be a finite number above 0")
+        raise ValueError(f"temperature: {temperature} is not valid; use a finite number above 0")
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(t/T) || softmax(s/T)), averaged over the batch.
 
-    The factor T^2 keeps the gradient's size about the same at every temperature.
+    The factor T^2 keeps the gradient about the same size at every temperature.
     Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015 (arXiv:1503.02531).
 
     Raises `ValueError` unless the temperature is finite and above 0.
@@ -57,10 +57,10 @@ def distillation_loss(
     An image without a label (-1) contributes its soft term alone, with its full weight.
     With alpha = 0 it is `cross_entropy`, with alpha = 1 `kd_loss`.
 
-    Raises `ValueError` for an alpha outside [0, 1] or an impossible temperature.
+    Raises `ValueError` unless alpha is from 0 to 1 and the temperature finite and above 0.
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: {alpha} will not do; it must be from 0 to 1")
+        raise ValueError(f"alpha: {alpha} is not valid; use a number from 0 to 1")
     _check_temperature(temperature)
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.to(student.dtype) / temperature, dim=1)
@@ -82,8 +82,9 @@ def dkd_loss(
 ) -> Tensor:
     """T^2 (dkd_alpha TCKD + dkd_beta NCKD), averaged over the batch; every image needs its label.
 
-    TCKD is the divergence of the softened probabilities of "the label" against "another class", NCKD that of the
-    distributions among the other classes; KL = TCKD + (1 - p_teacher[label]) NCKD.
+    Both are KL divergences of softened probabilities. TCKD (target class) has two classes, "the label" and "any other";
+    NCKD (non-target classes) has the other classes, given that it is not the label.
+    KL = TCKD + (1 - p_teacher[label]) NCKD.
     Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv:2203.08679).
 
     Raises `ValueError` unless the temperature is finite and above 0.
@@ -92,7 +93,7 @@ def dkd_loss(
     is_label = F.one_hot(labels, student_logits.shape[1]).bool()
 
     def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [B, 2] of label and not label, and [B, C] among the other classes (the label: none)."""
+        """Log-probabilities: [B, 2] of the label and of any other class; [B, C] of the other classes alone."""
         softened = logits / temperature
         others = softened.masked_fill(is_label, torch.finfo(logits.dtype).min / 2)
         on_label = softened.gather(1, labels[:, None])
@@ -111,8 +112,10 @@ def dist_loss(
     dist_beta: float = 1.0,
     dist_gamma: float = 1.0,
 ) -> Tensor:
-    """T^2 (dist_beta inter + dist_gamma intra): 1 - Pearson's correlation of both nets' softened probabilities, over
-    the classes of an image (inter) and over the batch's images for a class (intra), each a mean.
+    """T^2 (dist_beta inter + dist_gamma intra), two distances between student and teacher.
+
+    A distance is 1 - Pearson's correlation of their softened probabilities: over the classes of one image (inter), over
+    the images of the batch for one class (intra); each is averaged.
 
     Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv:2205.10536).
 
@@ -131,11 +134,11 @@ def dist_loss(
 
 
 def standardise(logits: Tensor) -> Tensor:
-    """Logits [B, C] with mean 0 and standard deviation 1 in every row, so that only their shape is imitated.
+    """Logits [B, C] with mean 0 and standard deviation 1 in every row: only their shape is left to imitate.
 
     Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv:2403.01427).
     """
-    # the variance may be 0, where a root has no gradient
+    # the root has no gradient at a variance of 0
     return (logits - logits.mean(dim=1, keepdim=True)) / (logits.var(dim=1, keepdim=True) + 1e-12).sqrt()
 
 
@@ -172,7 +175,7 @@ def combine_teachers(
     temperature: float,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Logits [..., C] of one target made of several teachers' logits [..., C]; pass them to `distillation_loss`.
+    """Combine the logits [..., C] of several teachers into those of one target, for `distillation_loss`.
 
     Every rule gives one probability distribution per image, so the total weight of the soft term stays the same.
 
@@ -181,10 +184,10 @@ def combine_teachers(
     - `mean_logit`: the mean of the logits, a (normalised) geometric mean of the probabilities.
     - `confidence`: a mean of softened probabilities weighted, image by image, by the teachers' belief in the true
       label, p_k[y] / sum_j p_j[y] at T = 1. For two teachers these are the weights of Zhang et al. 2022 (CA-MKD,
-      arXiv:2201.00007): (1 - exp(CE_k) / sum_j exp(CE_j)) / (K - 1). Needs `labels` [...]; without one (-1), an
-      image weighs the teachers equally.
+      arXiv:2201.00007): (1 - exp(CE_k) / sum_j exp(CE_j)) / (K - 1). Needs `labels` [...]; an image without one (-1)
+      weighs the teachers equally.
 
-    Raises `ValueError` for an unknown rule, fewer than two teachers, different shapes, or labels that are missing.
+    Raises `ValueError` for an unknown rule, fewer than two teachers, different shapes, or `confidence` without labels.
     """
     _check_temperature(temperature)
     if len(teacher_logits) < 2 or len({logits.shape for logits in teacher_logits}) != 1:
@@ -197,7 +200,7 @@ def combine_teachers(
         log_weights = torch.full_like(log_probs[..., :1], -math.log(len(teacher_logits)))
     elif rule == "confidence":
         if labels is None:
-            raise ValueError("combine_teachers: the rule 'confidence' needs labels")
+            raise ValueError("combine_teachers: the rule 'confidence' needs labels; pass labels=")
         true = labels.clamp(min=0)[..., None].expand(stacked.shape[1:-1] + (1,))
         believed = F.log_softmax(stacked, dim=-1).gather(-1, true.expand((len(stacked),) + true.shape))
         believed = believed.masked_fill((labels == NO_LABEL)[..., None], 0.0)
@@ -208,12 +211,12 @@ def combine_teachers(
 
 
 def class_mean(teacher_logits: Sequence[Tensor], labels: Tensor, temperature: float) -> Tensor:
-    """A control: logits [N, V, C] whose softened probabilities are the mean over all images and views of a class.
+    """A control: soft labels averaged over each class, which say how alike classes are and nothing about one image.
 
-    They tell how alike classes are, and nothing about the single image. teacher_logits: one tensor [N, V, C];
-    labels: int64 [N, V].
+    teacher_logits: one tensor [N, V, C], images and their views; labels: int64 [N, V]. The result is logits [N, V, C],
+    whose softened probabilities are the mean over all images and views with the same label.
 
-    Raises `ValueError` for several teachers, or an image without a label.
+    Raises `ValueError` for several teachers, an image without a label, or an invalid temperature.
     """
     _check_temperature(temperature)
     if len(teacher_logits) != 1 or bool((labels < 0).any()):

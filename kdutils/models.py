@@ -1,4 +1,4 @@
-"""The student, and pre-trained ResNets cut in two: a frozen prefix and a trainable suffix."""
+"""The student, and pretrained ResNets, each cut into a frozen part and a trained part."""
 
 import hashlib
 import itertools
@@ -21,14 +21,14 @@ from kdutils.cache import network_timeout
 from kdutils.compat import ensure_torchvision
 from kdutils.settings import UserError, project_path, shown_path, weights_file
 
-# ImageNet's mean and standard deviation of the channels (R, G, B), as torchvision's models expect them
+# mean and standard deviation of ImageNet's channels (R, G, B), which torchvision's models expect
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] to float32 with ImageNet's mean and standard deviation; keeps the memory layout."""
-    # not made on the device: a GPU would wait for it in every step
+    # sent from the CPU without waiting: a GPU would stop in every step
     mean, std = ((torch.tensor(x) * 255).to(pixels.device, non_blocking=True).view(1, 3, 1, 1) for x in (MEAN, STD))
     return (pixels.float() - mean) / std
 
@@ -49,7 +49,7 @@ class SmallCNN(nn.Module):
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        # ReLU after pooling gives the same numbers as before it, from a quarter of the values
+        # ReLU after pooling gives the same numbers as before it, and works on a quarter of the values
         x = F.relu(self.pool1(self.conv1(x)))
         x = F.relu(self.pool2(self.conv2(x)))
         x = F.relu(self.fc1(x.flatten(1)))
@@ -57,14 +57,14 @@ class SmallCNN(nn.Module):
 
 
 def seeded(seed: int, build, *args):
-    """`build(*args)` with its random initial weights drawn from `seed`; the global random state is left alone."""
+    """`build(*args)`, its random initial weights drawn from `seed`; the global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(*args)
 
 
 class Source(NamedTuple):
-    """Where pre-trained weights come from; `pretraining`: what their file says of how they were made."""
+    """Where pretrained weights come from; `pretraining`: what their file says about how they were made."""
 
     description: str
     is_standin: bool
@@ -73,7 +73,7 @@ class Source(NamedTuple):
 
 
 class Resize(nn.Module):
-    """Enlargement of float [B, 3, H, W] to `size` x `size`; `mode`: `bilinear`, `bicubic` or `nearest`."""
+    """Resizes float [B, 3, H, W] to `size` x `size`; `mode`: `bilinear`, `bicubic` or `nearest`."""
 
     def __init__(self, size: int, mode: str = "bilinear"):
         super().__init__()
@@ -87,26 +87,26 @@ class Resize(nn.Module):
 
 
 def backbone_source(arch: str, weights: str) -> Source:
-    """Where the weights of the setting come from (`imagenet`, `none` or a folder), without loading them.
+    """Where the weights come from; does not load them. `weights`: `imagenet`, `none` or a folder.
 
-    Raises `UserError` for absent weights.
+    Raises `UserError` when the folder has no weights for `arch`, or their file is damaged.
     """
     if weights == "none":
-        return Source("no pre-training: trained as a whole from random weights", True, "none", {})
+        return Source("not pretrained: the whole network is trained from random weights", True, "none", {})
     if weights == "imagenet":
         return Source("ImageNet-1k (torchvision IMAGENET1K_V1)", False, _imagenet_weights(arch)[1], {})
     path = weights_file(project_path(weights), arch)
     header = read_header(path)
-    description = header.get("description") or f"pre-trained weights of {shown_path(path)}"
+    description = header.get("description") or f"pretrained weights of {shown_path(path)}"
     is_standin = header.get("standin", "").lower() == "true"
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return Source(description, is_standin, checksum, pretraining_facts(header))
 
 
 def load_backbone(arch: str, weights: str) -> nn.Module:
-    """A torchvision ResNet with the weights of the setting: `imagenet`, `none` or a folder.
+    """A torchvision ResNet with pretrained weights. `weights`: `imagenet`, `none` (random) or a folder.
 
-    Raises `UserError` for absent or unfit weights, and without a network when they must be downloaded.
+    Raises `UserError` when the weights are missing, damaged or of another network, or when a download fails.
     """
     if weights == "none":
         return seeded(0, getattr(ensure_torchvision().models, arch))
@@ -116,7 +116,7 @@ def load_backbone(arch: str, weights: str) -> nn.Module:
 
 
 def with_state(arch: str, state: dict[str, Tensor]) -> nn.Module:
-    """A torchvision ResNet with this state dict but for its last layer, which is dropped.
+    """A torchvision ResNet with the weights of a state dict, except the last layer's, which stay random.
 
     Raises `UserError` if the state dict does not fit the architecture.
     """
@@ -128,11 +128,13 @@ def with_state(arch: str, state: dict[str, Tensor]) -> nn.Module:
         odd = model.load_state_dict(body, strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip().rstrip(".")
-        raise UserError(f"weights: these are not a torchvision {arch}'s ({reason}); give its state dict") from error
+        raise UserError(
+            f"weights: this is not the state dict of a torchvision {arch} ({reason}); use one that is"
+        ) from error
     missing = [name for name in odd.missing_keys if not name.startswith("fc.") and "num_batches" not in name]
     if missing or odd.unexpected_keys:
         names = ", ".join((missing + odd.unexpected_keys)[:3])
-        raise UserError(f"weights: these are not a torchvision {arch}'s (for example {names}); give its state dict")
+        raise UserError(f"weights: this is not the state dict of a torchvision {arch} (see {names}); use one that is")
     return model
 
 
@@ -144,11 +146,11 @@ def read_header(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"weights: {shown_path(path)} cannot be read ({error}); give an undamaged file") from error
+        raise UserError(f"weights: {shown_path(path)} cannot be read ({error}); use an undamaged file") from error
 
 
 def pretraining_facts(header: Mapping[str, str]) -> dict:
-    """What a weights file's header says of how this project made it; empty for a file from elsewhere."""
+    """How this project made a weights file, from the file's header; empty for a file from elsewhere."""
     try:
         facts = json.loads(header.get("pretraining", "{}"))
     except ValueError:
@@ -157,7 +159,10 @@ def pretraining_facts(header: Mapping[str, str]) -> dict:
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """State dict and header of a .safetensors or .pth file; nothing in the file is executed."""
+    """State dict and header of a .safetensors or .pth file; no code in the file is executed.
+
+    Raises `UserError` for a damaged file, and for a .pth with anything but a state dict.
+    """
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -165,16 +170,16 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:160] or "it ends too early"
-        raise UserError(f"weights: {shown_path(path)} cannot be read ({reason}); give an undamaged file") from error
+        raise UserError(f"weights: {shown_path(path)} cannot be read ({reason}); use an undamaged file") from error
     except Exception as error:  # pickle.UnpicklingError: content that weights_only refuses
-        raise UserError(f"weights: {shown_path(path)} holds more than tensors; save a plain state dict") from error
+        raise UserError(f"weights: {shown_path(path)} holds more than tensors; save model.state_dict()") from error
     if not isinstance(state, dict) or not all(isinstance(x, str) and isinstance(y, Tensor) for x, y in state.items()):
-        raise UserError(f"weights: {shown_path(path)} is no state dict; save model.state_dict()")
+        raise UserError(f"weights: {shown_path(path)} is not a state dict; save model.state_dict()")
     return state, {}
 
 
 def _imagenet_weights(arch: str):
-    """torchvision's weights, and the start of their file's SHA-256, which its name carries."""
+    """torchvision's weights, and the start of their SHA-256, which their file's name ends with."""
     weights = ensure_torchvision().models.get_model_weights(arch).IMAGENET1K_V1
     return weights, weights.url.rsplit("-", 1)[-1].removesuffix(".pth")
 
@@ -183,28 +188,34 @@ def _imagenet_state(arch: str) -> dict[str, Tensor]:
     weights, expected = _imagenet_weights(arch)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     if cached.is_file() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(expected):
-        raise UserError(f"weights: the downloaded {cached} is damaged (its checksum does not fit); delete it")
+        raise UserError(f"weights: {cached} is damaged (its checksum does not match); delete it, and run again")
     try:
         with network_timeout():
             return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, HTTPException) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"weights: {arch}'s ImageNet weights cannot be downloaded ({reason}); get {weights.url} elsewhere, name it "
-            f"{arch}.pth and give its folder as weights, or use weights = generated or none"
+            f"weights: the ImageNet weights of {arch} cannot be downloaded ({reason}); save {weights.url} as "
+            f"FOLDER/{arch}.pth and use weights = FOLDER, or use weights = generated or none"
         ) from error
 
 
 def cut(
-    model: nn.Module, trainable: str, size: int, num_classes: int, seed: int, *, resize: str = "bilinear",
+    model: nn.Module,
+    trainable: str,
+    size: int,
+    num_classes: int,
+    seed: int,
+    *,
+    resize: str = "bilinear",
     standardize: bool = False,
-) -> tuple[nn.Sequential, nn.Sequential]:  # fmt: skip
-    """Cut a ResNet into (frozen prefix, trainable suffix) with a new last layer for `num_classes`, seeded.
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """Cut a ResNet into (frozen part, trained part), with a new last layer for `num_classes` drawn from `seed`.
 
-    `trainable`: `last_layer` (fc), `last_block` (layer4 and fc) or `all` (the prefix is then empty). The composition
-    takes normalised images float [B, 3, H, W], which it resizes to `size`, and gives logits [B, num_classes].
-    `standardize`: the last layer is given features of mean 0 and variance 1 (a BatchNorm without weights). Prefix and
-    suffix share their modules with `model`.
+    One after the other, they take normalised images float [B, 3, H, W], resize them to `size` and give logits
+    [B, num_classes]. `trainable` names the trained part: `last_layer` (fc), `last_block` (layer4 and fc) or `all` (the
+    frozen part is then empty). `standardize` gives the last layer features of mean 0 and variance 1 (a BatchNorm
+    without weights). Both parts share their modules with `model`.
     """
     features: int = model.fc.in_features  # type: ignore[union-attr, assignment]
     parts: OrderedDict[str, nn.Module] = OrderedDict(resize=Resize(size, resize))
@@ -216,15 +227,15 @@ def cut(
     first = {"last_layer": "standardize" if standardize else "fc", "last_block": "layer4", "all": "resize"}[trainable]
     names = list(parts)
     at = names.index(first)
-    prefix = nn.Sequential(OrderedDict((name, parts[name]) for name in names[:at]))
-    suffix = nn.Sequential(OrderedDict((name, parts[name]) for name in names[at:]))
-    return prefix.eval().requires_grad_(False), suffix.requires_grad_(True)
+    frozen = nn.Sequential(OrderedDict((name, parts[name]) for name in names[:at]))
+    trained = nn.Sequential(OrderedDict((name, parts[name]) for name in names[at:]))
+    return frozen.eval().requires_grad_(False), trained.requires_grad_(True)
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
-    """Fold every BatchNorm that follows a convolution into it, in place: for a frozen network in eval mode.
+    """Fold every BatchNorm into the convolution before it, in place. For a frozen network in eval mode.
 
-    Relies on convolution and norm being neighbours in definition order, as in torchvision's ResNets.
+    "Before it" means in order of definition, as in torchvision's ResNets.
     """
     for parent in list(module.modules()):
         for (conv_name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
@@ -235,7 +246,7 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
 
 
 def architecture(arch: str, size: int, num_classes: int) -> nn.Module:
-    """A ResNet that takes normalised images, resizes them to `size` and gives `num_classes` logits; random weights."""
+    """A whole ResNet with random weights: normalised images float [B, 3, H, W], resized to `size`, to logits."""
     models = ensure_torchvision().models
     return cut(seeded(0, getattr(models, arch)), "all", size, num_classes, seed=0)[1]
 
@@ -243,16 +254,15 @@ def architecture(arch: str, size: int, num_classes: int) -> nn.Module:
 def layer_table(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What torchsummary prints, as two tables: the layers, and the memory for one image in MB (2^20 bytes, float32).
 
-    `input_shape` is that of one image, without the batch. As in torchsummary, the forward/backward pass counts every
-    layer's output twice.
+    `input_shape` is that of one image, without the batch. The forward and backward pass counts every layer's output
+    twice, as torchsummary does.
     """
     layers: list[dict] = []
 
     def note_layer(module: nn.Module, _: tuple, output: Tensor) -> None:
-        layers.append({
-            "Layer": f"{type(module).__name__}-{len(layers) + 1}", "Output shape": [-1, *output.shape[1:]],
-            "Parameters": sum(p.numel() for p in module.parameters()),
-        })  # fmt: skip
+        name, shape = f"{type(module).__name__}-{len(layers) + 1}", [-1, *output.shape[1:]]
+        count = sum(p.numel() for p in module.parameters())
+        layers.append({"Layer": name, "Output shape": shape, "Parameters": count})
 
     leaves = [module for module in model.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(note_layer) for module in leaves]

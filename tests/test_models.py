@@ -1,4 +1,4 @@
-"""kdutils.models: the student's size, ResNets cut in two without changing what they compute, weights read safely."""
+"""kdutils.models: the student's size, ResNets cut into two parts that compute the same, weights read safely."""
 
 import copy
 import http.client
@@ -20,7 +20,6 @@ from torchvision import models as zoo
 from kdutils.models import (
     MEAN,
     STD,
-    FewPixelsConv2d,
     Resize,
     SmallCNN,
     architecture,
@@ -58,10 +57,8 @@ def made(arch):
 
 
 def images(count=2, size=32):
-    pixels = torch.randint(
-        0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
-    return normalise(pixels)
+    generator = torch.Generator().manual_seed(0)
+    return normalise(torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8))
 
 
 def close(found, expected, tolerance):
@@ -75,14 +72,11 @@ def test_the_student_has_268650_parameters():
 
 
 def test_normalised_pixels():
-    pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     found = normalise(pixels)
     expected = torch.stack([(pixels[:, c] / 255.0 - MEAN[c]) / STD[c] for c in range(3)], dim=1)
-    assert found.dtype == torch.float32
+    assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert normalise(pixels.contiguous(memory_format=torch.channels_last)).is_contiguous(
-        memory_format=torch.channels_last
-    )
 
 
 def test_seeded_weights_leave_the_global_random_state_alone():
@@ -104,26 +98,15 @@ def test_the_tables_say_what_torchsummary_prints(capsys):
     assert len(megabytes) == 4 and memory["MB"].tolist() == megabytes
 
 
-@pytest.mark.parametrize("size", [32, 64, 33])
-def test_resize_is_bilinear_and_leaves_its_own_size_alone(size):
-    x = images()
-    found = Resize(size)(x)
-    assert found.shape == (2, 3, size, size)
-    if size == 32:
-        assert torch.equal(found, x)
-    else:
-        expected = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
-        assert torch.equal(found, expected)
-
-
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
-def test_resize_has_three_modes(mode):
+def test_resize_has_three_modes_and_leaves_its_own_size_alone(mode):
     x = images()
     found = Resize(64, mode)(x)
-    assert found.shape == (2, 3, 64, 64) and torch.equal(Resize(32, mode)(x), x)
+    assert found.shape == (2, 3, 64, 64) and Resize(33, mode)(x).shape == (2, 3, 33, 33)
+    assert torch.equal(Resize(32, mode)(x), x)
     twice = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert torch.equal(found, twice) == (mode == "nearest")
-    # each mode keeps a plain colour, and a slope but for its ends (nearest: in steps)
+    # each mode keeps a plain colour, and a slope except at its ends (nearest: in steps)
     slope = torch.arange(32.0).expand(1, 3, 32, 32)
     torch.testing.assert_close(Resize(64, mode)(torch.full_like(x, 0.7)), torch.full((2, 3, 64, 64), 0.7))
     expected = (torch.arange(64.0) + 0.5) / 2 - 0.5
@@ -132,144 +115,81 @@ def test_resize_has_three_modes(mode):
     torch.testing.assert_close(Resize(64, mode)(slope)[..., 4:-4], expected[..., 4:-4], rtol=0, atol=tolerance)
     others = [Resize(64, other)(x) for other in ("bilinear", "bicubic", "nearest") if other != mode]
     assert all((found - other).abs().max() > 0.1 for other in others)
-
-
-@torch.no_grad()
-def test_a_cut_network_resizes_as_it_is_told():
-    for mode in ("bilinear", "bicubic", "nearest"):
-        prefix, suffix = cut(made("resnet18"), "last_block", 48, 10, 0, resize=mode)
-        large = F.interpolate(images(), (48, 48), mode=mode)
-        torch.testing.assert_close(suffix.eval()(prefix(images())), suffix(prefix(large)))
+    cut_in_two = cut(made("resnet18"), "last_block", 64, 10, 0, resize=mode)[0]
+    assert torch.equal(cut_in_two.resize(x), found)
 
 
 @pytest.mark.parametrize("trainable", TRAINED)
 def test_a_standardised_last_layer_is_given_features_of_mean_0_and_variance_1(trainable):
-    model = copy.deepcopy(made("resnet18"))
-    prefix, suffix = cut(model, trainable, 32, 10, seed=0, standardize=True)
-    assert list(suffix._modules)[-2:] == ["standardize", "fc"] and (len(suffix) == 2) == (trainable == "last_layer")
-    assert list(suffix.standardize.parameters()) == [] and not any("standardize" in name for name in prefix._modules)
-    plain = cut(model, trainable, 32, 10, seed=0)[1]
-    assert sum(p.numel() for p in suffix.parameters()) == sum(p.numel() for p in plain.parameters())
-    assert torch.equal(suffix.fc.weight, plain.fc.weight)
+    frozen, trained = cut(copy.deepcopy(made("resnet18")), trainable, 32, 10, seed=0, standardize=True)
+    plain = cut(made("resnet18"), trainable, 32, 10, seed=0)[1]
+    assert sum(p.numel() for p in trained.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert (len(trained) == 2) == (trainable == "last_layer") and torch.equal(trained.fc.weight, plain.fc.weight)
     given = []
-    for module in (suffix.standardize, suffix.fc):
+    for module in (trained.standardize, trained.fc):
         module.register_forward_hook(lambda module, inputs, output: given.append(inputs[0]))
-    suffix.train()(prefix(images(30)))
+    trained.train()(frozen(images(30)))
     torch.testing.assert_close(given[1].mean(dim=0), torch.zeros(512), rtol=0, atol=1e-3)
     variance = given[0].var(dim=0, correction=0)  # some are 0 behind a ReLU, and stay 0
-    expected = variance / (variance + suffix.standardize.eps)
+    expected = variance / (variance + trained.standardize.eps)
     torch.testing.assert_close(given[1].var(dim=0, correction=0), expected, rtol=0.01, atol=0.01)
     assert expected.max() > 0.99
 
 
-@pytest.mark.parametrize("trainable", TRAINED)
-@torch.no_grad()
-def test_cut_and_whole_network_agree_with_a_standardised_last_layer(trainable):
-    model, x = made("resnet18"), images()
-    prefix, suffix = cut(model, trainable, 32, 10, seed=3, standardize=True)
-    generator = torch.Generator().manual_seed(5)
-    suffix.standardize.running_mean.normal_(0, 0.5, generator=generator)
-    suffix.standardize.running_var.uniform_(0.2, 2, generator=generator)
-    whole = copy.copy(model)
-    whole._modules = {**model._modules, "fc": nn.Identity()}
-    norm = suffix.standardize
-    features = (whole(x) - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
-    expected = features @ suffix.fc.weight.T + suffix.fc.bias
-    close(suffix.eval()(prefix(x)), expected, 1e-4)
-
-
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("trainable", TRAINED)
 @torch.no_grad()
-def test_cut_and_whole_network_agree(arch, trainable):
+def test_both_parts_and_the_whole_network_agree(arch, trainable, standardize):
     model, x = made(arch), images()
-    prefix, suffix = cut(model, trainable, 64, 10, seed=3)
+    frozen, trained = cut(model, trainable, 64, 10, seed=3, standardize=standardize)
     whole = copy.copy(model)
-    whole._modules = {**model._modules, "fc": suffix.fc}
-    expected = whole(F.interpolate(x, (64, 64), mode="bilinear", align_corners=False))
-    close(suffix.eval()(prefix(x)), expected, 1e-5)
-    folded = fold_batch_norms(copy.deepcopy(prefix))
+    whole._modules = {**model._modules, "fc": nn.Identity()}
+    features = whole(F.interpolate(x, (64, 64), mode="bilinear", align_corners=False))
+    if standardize:
+        norm, generator = trained.standardize, torch.Generator().manual_seed(5)
+        norm.running_mean.normal_(0, 0.5, generator=generator)
+        norm.running_var.uniform_(0.2, 2, generator=generator)
+        features = (features - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    expected = features @ trained.fc.weight.T + trained.fc.bias
+    close(trained.eval()(frozen(x)), expected, 1e-4)
+    folded = fold_batch_norms(copy.deepcopy(frozen))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    close(suffix(folded(x)), expected, 1e-4)
+    close(trained(folded(x)), expected, 1e-4)
 
 
 @torch.no_grad()
 def test_the_norms_of_this_test_are_not_the_identity():
     """Leaving out one fold must be seen, or the test above shows nothing."""
-    prefix = cut(made("resnet18"), "last_layer", 64, 10, 0)[0]
-    broken = copy.deepcopy(prefix)
+    frozen = cut(made("resnet18"), "last_layer", 64, 10, 0)[0]
+    broken = copy.deepcopy(frozen)
     broken.bn1 = nn.Identity()
-    assert (broken(images()) - prefix(images())).abs().max() > 0.02 * prefix(images()).abs().max()
+    assert (broken(images()) - frozen(images())).abs().max() > 0.02 * frozen(images()).abs().max()
 
 
-@pytest.mark.parametrize("arch, trainable, trained", [
+@pytest.mark.parametrize("arch, trainable, count", [
     ("resnet50", "last_layer", 20_490), ("resnet18", "last_block", 8_393_728 + 5_130), ("resnet18", "all", 11_181_642),
 ])  # fmt: skip
-def test_what_is_trained(arch, trainable, trained):
-    prefix, suffix = cut(made(arch), trainable, 64, 10, seed=0)
-    assert sum(p.numel() for p in suffix.parameters()) == trained
-    assert all(p.requires_grad for p in suffix.parameters()) and not any(p.requires_grad for p in prefix.parameters())
-    assert len(prefix) > 0 or trainable == "all"
+def test_what_is_trained(arch, trainable, count):
+    frozen, trained = cut(made(arch), trainable, 64, 10, seed=0)
+    assert sum(p.numel() for p in trained.parameters()) == count
+    assert all(p.requires_grad for p in trained.parameters()) and not any(p.requires_grad for p in frozen.parameters())
+    assert len(frozen) > 0 or trainable == "all"
 
 
-def test_the_frozen_prefix_stays_as_it_is():
-    model = copy.deepcopy(made("resnet18"))
-    prefix, suffix = cut(model, "last_block", 32, 10, seed=0)
-    before = copy.deepcopy(prefix.state_dict())
-    suffix.train()
-    assert not any(module.training for module in prefix.modules())
-    suffix(prefix(images())).square().mean().backward()
-    assert all(p.grad is None for p in prefix.parameters()) and all(p.grad is not None for p in suffix.parameters())
-    assert all(torch.equal(before[name], tensor) for name, tensor in prefix.state_dict().items())
+def test_the_frozen_part_stays_as_it_is():
+    frozen, trained = cut(copy.deepcopy(made("resnet18")), "last_block", 32, 10, seed=0)
+    before = copy.deepcopy(frozen.state_dict())
+    trained.train()
+    assert not any(module.training for module in frozen.modules())
+    trained(frozen(images())).square().mean().backward()
+    assert all(p.grad is None for p in frozen.parameters()) and all(p.grad is not None for p in trained.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
 
 
 def test_the_new_last_layer_is_seeded():
     one, again, other = (cut(made("resnet18"), "last_layer", 32, 10, seed)[1].fc.weight for seed in (0, 0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other) and one.shape == (10, 512)
-
-
-@pytest.mark.parametrize("size, kernel, stride, padding", [
-    (4, 3, 1, 1), (4, 3, 2, 1), (2, 3, 1, 1), (1, 3, 2, 1), (3, 2, 1, 0), (4, 1, 1, 0), (4, 1, 2, 0), (3, 1, 1, 1),
-])  # fmt: skip
-@pytest.mark.parametrize("bias", [False, True])
-def test_few_pixels_are_convolved_as_any_others(size, kernel, stride, padding, bias):
-    def outcome(kind):
-        generator = torch.Generator().manual_seed(0)
-        conv = seeded(0, lambda: kind(5, 7, kernel, stride, padding, bias=bias)).double()
-        x = torch.randn(16, 5, size, size, dtype=torch.float64, generator=generator, requires_grad=True)
-        out = conv(x)
-        (out * torch.randn(out.shape, dtype=torch.float64, generator=generator)).sum().backward()
-        return out, x.grad, conv.weight.grad
-
-    for found, expected in zip(outcome(FewPixelsConv2d), outcome(nn.Conv2d), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "changes, size, count", [({}, 5, 16), ({"groups": 4}, 2, 16), ({"dilation": 2}, 4, 16), ({}, 4, 15)]
-)
-def test_other_convolutions_are_left_to_torch(monkeypatch, changes, size, count):
-    monkeypatch.setattr("kdutils.models._ByOutputPixel", None)  # would fail
-    conv = FewPixelsConv2d(4, 4, 3, padding=2, **changes)
-    assert torch.equal(conv(x := torch.ones(count, 4, size, size)), nn.Conv2d.forward(conv, x))
-
-
-def test_few_pixels_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
-        assert FewPixelsConv2d(4, 4, 3, bias=False)(torch.ones(16, 4, 3, 3)).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("trainable", TRAINED)
-@torch.no_grad()
-def test_a_cut_network_is_that_of_torchvision_at_few_pixels(trainable):
-    expected = seeded(1, zoo.resnet50).eval()
-    randomise_norms(expected)
-    several = images(size=64).repeat(8, 1, 1, 1)  # of fewer, torch's own convolutions are used
-    expected = expected(several)
-    prefix, suffix = cut(copy.deepcopy(made("resnet50")), trainable, 64, 1000, seed=0)
-    suffix.fc.load_state_dict(made("resnet50").fc.state_dict())
-    assert any(type(m) is FewPixelsConv2d for m in [*prefix.modules(), *suffix.modules()])
-    close(suffix.eval()(prefix(several)), expected, 1e-4)
 
 
 def test_an_architecture_alone():
@@ -284,24 +204,18 @@ def weights(tmp_path):
     return tmp_path
 
 
-@torch.no_grad()
-def test_weights_of_a_folder(weights):
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_weights_of_a_folder(weights, form):
+    if form == "pth":
+        (weights / "resnet18.safetensors").unlink()
+        torch.save(made("resnet18").state_dict(), weights / "resnet18.pth")
+    found, expected = load_backbone("resnet18", str(weights)).state_dict(), made("resnet18").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in found if not name.startswith("fc."))
     source = backbone_source("resnet18", str(weights))
-    assert (source.description, source.is_standin) == ("random weights of a test", True)
-    prefix = cut(load_backbone("resnet18", str(weights)), "last_layer", 32, 10, 0)[0]
-    torch.testing.assert_close(prefix(images()), cut(made("resnet18"), "last_layer", 32, 10, 0)[0](images()))
-
-
-@torch.no_grad()
-def test_pth_and_safetensors_are_the_same_network(weights):
-    one = load_backbone("resnet18", str(weights))
-    (weights / "resnet18.safetensors").unlink()
-    torch.save(made("resnet18").state_dict(), weights / "resnet18.pth")
-    other = load_backbone("resnet18", str(weights))
-    source = backbone_source("resnet18", str(weights))
-    assert not source.is_standin and "resnet18.pth" in source.description
-    one, other = one.state_dict(), other.state_dict()
-    assert all(torch.equal(one[name], other[name]) for name in one if not name.startswith("fc."))
+    if form == "pth":
+        assert not source.is_standin and "resnet18.pth" in source.description
+    else:
+        assert source.is_standin and source.description == "random weights of a test"
 
 
 @pytest.mark.parametrize("width", [None, 10, 200])
@@ -352,7 +266,7 @@ class Evil:
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, wrap, save):
     save(wrap(Evil(tmp_path / "mark")), tmp_path / "resnet18.pth")
     message = message_of(read_state, tmp_path / "resnet18.pth")
-    assert message.startswith("weights: ") and "resnet18.pth" in message and "plain state dict" in message
+    assert message.startswith("weights: ") and "resnet18.pth" in message and "more than tensors" in message
     assert not (tmp_path / "mark").exists()
 
 
@@ -372,13 +286,13 @@ def test_damaged_weights_are_named(weights, name, content):
 def test_a_file_that_is_no_state_dict_is_named(tmp_path, content):
     torch.save(content, tmp_path / "x.pth")
     message = message_of(read_state, tmp_path / "x.pth")
-    assert "no state dict" in message and "model.state_dict()" in message
+    assert "not a state dict" in message and "model.state_dict()" in message
 
 
 def test_no_weights_is_the_same_random_network_every_time():
     one, other = (load_backbone("resnet18", "none") for _ in range(2))
     assert torch.equal(one.conv1.weight, other.conv1.weight)
-    assert "no pre-training" in backbone_source("resnet18", "none").description
+    assert "not pretrained" in backbone_source("resnet18", "none").description
 
 
 @pytest.mark.parametrize("error", [

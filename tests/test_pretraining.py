@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +12,12 @@ from conftest import message_of
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torchvision import models as zoo
 
 import kdutils.__main__ as command_line
-from kdutils import pretraining, training
-from kdutils.data.images import Split, read_image
-from kdutils.models import backbone_source, load_backbone, normalise
-from kdutils.pretraining import Pretraining, default_recipe, pretrain_on_folder
-from kdutils.training import predict
+from kdutils import pretraining
+from kdutils.cache import Checkpoint
+from kdutils.pretraining import NUM_CROPS, Pretraining, crop_pixels, default_recipe, pretrain_on_folder
+from kdutils.training import draw
 
 HOW = Pretraining("resnet18", 32, default_recipe(2, 8, None, "one_cycle", False), 0, "float32", "cpu")
 STILL = dataclasses.replace(HOW.recipe, epochs=1, learning_rate=1e-30)  # weights stay as they are
@@ -58,47 +55,15 @@ def read(path):
 def test_the_file_says_what_it_is_and_how_it_was_made(made, pictures):
     path, runs = made
     state, header = read(path)
-    assert path.name == "resnet18.safetensors" and [other.name for other in path.parent.iterdir()] == [path.name]
-    assert state.keys() == zoo.resnet18(num_classes=3).state_dict().keys() and state["fc.weight"].shape == (3, 512)
+    assert [other.name for other in path.parent.iterdir()] == ["resnet18.safetensors"]
+    assert state["fc.weight"].shape == (3, 512) and state["bn1.num_batches_tracked"] == 4  # 18 images, batches of 8
     assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float16}
-    assert state["bn1.num_batches_tracked"] == 4  # 18 images are two batches of 8, twice
     assert (header["arch"], header["num_classes"], header["standin"]) == ("resnet18", "3", "true")
     assert header["description"] == "my pictures (3 classes, 18 images), 2 epochs, 32 px from 32 px crops"
     facts = json.loads(header["pretraining"])
-    assert {name: facts["data"][name] for name in ("name", "classes", "train", "val")} == {
-        "name": "my pictures", "classes": 3, "train": 18, "val": 6}  # fmt: skip
-    assert len(facts["data"]["checksum"]) == 16
     assert facts["recipe"] == dataclasses.asdict(HOW.recipe)
-    assert (facts["epochs"], facts["size"], facts["seed"]) == (2, 32, 0)
-    assert facts["precision"] == "float32" and facts["init"] is None
-    assert all(len(values) == 2 for values in facts["history"].values()) and len(facts["history"]) == 4
-    assert facts["val_accuracy"] == facts["history"]["val_accuracy"][-1]
-    assert str(pictures.parent) not in json.dumps(header)
-    assert not list(runs.rglob("*.checkpoint"))
-
-
-def test_it_was_validated_on_whole_images_at_the_size_of_the_crops(made, pictures):
-    (exact,) = (made[1] / "pretrained").glob("resnet18-*.safetensors")  # before they were rounded to float16
-    images = [read_image(pictures / "val" / name / f"{i}.png", 40) for name in ("ant", "bee", "cow") for i in range(2)]
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
-    pixels = F.interpolate(pixels, (32, 32), mode="bilinear", antialias=True, align_corners=False)
-    network = zoo.resnet18(num_classes=3)
-    network.load_state_dict(load_file(exact))
-    logits, labels = predict(network, normalise(pixels)), torch.arange(3).repeat_interleave(2)
-    history = json.loads(read(made[0])[1]["pretraining"])["history"]
-    assert F.cross_entropy(logits, labels).item() == pytest.approx(history["val_loss"][-1], rel=1e-5)
-    assert (logits.argmax(1) == labels).float().mean().item() == pytest.approx(history["val_accuracy"][-1])
-
-
-def test_it_serves_as_a_teachers_weights(made):
-    path = made[0]
-    state, header = read(path)
-    source = backbone_source("resnet18", str(path.parent))
-    assert source.is_standin and source.description == header["description"]
-    assert source.pretraining == json.loads(header["pretraining"])
-    body = load_backbone("resnet18", str(path.parent)).state_dict()
-    names = [name for name in state if not name.startswith("fc.")]
-    assert all(torch.equal(body[name], state[name].to(body[name].dtype)) for name in names)
+    assert facts["val_accuracy"] == facts["history"]["val_accuracy"][-1] and facts["data"]["train"] == 18
+    assert str(pictures.parent) not in json.dumps(header) and not list(runs.rglob("*.checkpoint"))
 
 
 @pytest.fixture
@@ -118,29 +83,24 @@ def command(pictures, tmp_path, monkeypatch):
     return arguments
 
 
-def test_a_training_that_was_cut_goes_on_to_the_same_weights(made, command, tmp_path, monkeypatch, capsys):
-    """Two steps an epoch: saved after the third, cut in the fourth."""
-    clock, real, steps = [0.0], pretraining.cross_entropy, []
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+def test_an_interrupted_training_resumes_to_the_same_weights(made, command, tmp_path, monkeypatch):
+    """Two steps an epoch: cut in the fourth, after a checkpoint of the third. Equal in every bit."""
+    real, steps = pretraining.cross_entropy, []
 
     def counted(*arguments, **named):
         steps.append(None)
-        clock[0] = 100.0 * (len(steps) == 3)
         if len(steps) == 4:
             raise KeyboardInterrupt
         return real(*arguments, **named)
 
+    monkeypatch.setattr(Checkpoint, "is_due", lambda self, end_of_epoch: True)
     monkeypatch.setattr(pretraining, "cross_entropy", counted)
-    assert command_line.main(command()) == 130
-    assert "the same command goes on" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
-    assert command_line.main(command()) == 0
-    assert len(steps) == 5  # 4, one of them begun twice
+    assert command_line.main(command()) == 130 and not list((tmp_path / "out").iterdir())
+    assert command_line.main(command()) == 0 and len(steps) == 5  # 4, one of them begun twice
     (state, header), (expected, first) = read(tmp_path / "out" / "resnet18.safetensors"), read(made[0])
     assert header == first and state.keys() == expected.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     assert not list((tmp_path / "runs").rglob("*.checkpoint"))
-    out = capsys.readouterr().out
-    assert str(tmp_path / "out") in out and "my pictures (3 classes, 18 images)" in out and "validation" in out
 
 
 def never(*_, **__):
@@ -150,84 +110,39 @@ def never(*_, **__):
 def test_the_same_again_trains_nothing_and_writes_the_same_file(made, pictures, monkeypatch):
     """To the byte: the teachers fine-tuned from a file are made again when its checksum changes."""
     path, runs = made
-    content, found = path.read_bytes(), read(path)
+    content = path.read_bytes()
     monkeypatch.setattr(pretraining, "fit", never)
-    again = pretrain_on_folder(pictures, HOW, path.parent, runs=runs)
-    assert read(again)[1] == found[1]
-    assert all(torch.equal(tensor, found[0][name]) for name, tensor in read(again)[0].items())
-    assert again.read_bytes() == content
-
-
-@pytest.fixture
-def count_trainings(monkeypatch):
-    """Stands in for the training itself; returns the list of what was trained."""
-    trained = []
-
-    def pretrain(how, train, val, num_classes, *, init=None, checkpoint=None):
-        trained.append((how, num_classes))
-        names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
-        history = {name: [0.5] * how.recipe.epochs for name in names}
-        return {"fc.weight": torch.zeros(num_classes, 512), "fc.bias": torch.zeros(num_classes)}, history
-
-    monkeypatch.setattr(pretraining, "pretrain", pretrain)
-    return trained
+    assert pretrain_on_folder(pictures, HOW, path.parent, runs=runs).read_bytes() == content
 
 
 @pytest.mark.parametrize("change", [
-    {"seed": 1}, {"size": 40}, {"precision": "bfloat16"}, {"arch": "resnet50"},
-    *({"recipe": dataclasses.replace(HOW.recipe, **{name: value})} for name, value in (
-        ("epochs", 3), ("batch_size", 9), ("learning_rate", 0.1), ("schedule", "cosine"))),
+    {"seed": 1}, {"size": 40}, {"precision": "bfloat16"}, {"recipe": STILL}, "pixels", "labels",
 ], ids=str)  # fmt: skip
-def test_what_the_weights_depend_on_trains_anew(count_trainings, pictures, tmp_path, change):
-    for number, how in enumerate((HOW, HOW._replace(**change), HOW)):
-        pretrain_on_folder(pictures, how, tmp_path / f"out{number}", runs=tmp_path / "runs")
-    assert count_trainings == [(HOW, 3), (HOW._replace(**change), 3)]
+def test_what_the_weights_depend_on_trains_anew(tmp_path, monkeypatch, change):
+    trained, folder = [], draw_pictures(tmp_path / "pictures", ["ant", "bee", "cow"])
 
+    def pretrain(how, train, val, num_classes, *, init=None, checkpoint=None):
+        trained.append(how)
+        return {"fc.bias": torch.zeros(num_classes)}, {"val_accuracy": [0.5]}
 
-def test_a_name_is_only_a_name(count_trainings, pictures, tmp_path):
-    for name in ("", "holiday"):
-        path = pretrain_on_folder(pictures, HOW, tmp_path / "out", runs=tmp_path / "runs", name=name)
-    assert len(count_trainings) == 1 and read(path)[1]["description"].startswith("holiday (3 classes, 18 images), ")
-
-
-def test_one_epoch_is_told_as_one(count_trainings, pictures, tmp_path):
-    path = pretrain_on_folder(pictures, HOW._replace(recipe=STILL), tmp_path / "out", runs=tmp_path / "runs")
-    assert ", 1 epoch, 32 px" in read(path)[1]["description"]
-
-
-@pytest.mark.parametrize("change", ["pixels", "labels", "classes"])
-def test_other_images_and_other_labels_train_anew(count_trainings, tmp_path, change):
-    folder = draw_pictures(tmp_path / "pictures", ["ant", "bee", "cow"])
-    pretrain_on_folder(folder, HOW, tmp_path / "one", runs=tmp_path / "runs")
+    monkeypatch.setattr(pretraining, "pretrain", pretrain)
+    first = pretrain_on_folder(folder, HOW, tmp_path / "one", runs=tmp_path / "runs")
     if change == "pixels":
         Image.new("RGB", (40, 40)).save(folder / "val" / "bee" / "1.png")
     elif change == "labels":  # the same images in the same order
         (folder / "train" / "bee" / "0.png").rename(folder / "train" / "ant" / "9.png")
-    else:
-        for part in ("train", "val"):
-            for path in list((folder / part / "bee").iterdir()):
-                path.rename(folder / part / "ant" / f"bee{path.name}")
-            (folder / part / "bee").rmdir()
-    header = read(pretrain_on_folder(folder, HOW, tmp_path / "other", runs=tmp_path / "runs"))[1]
-    assert [classes for _, classes in count_trainings] == [3, 2 if change == "classes" else 3]
-    first = json.loads(read(tmp_path / "one" / "resnet18.safetensors")[1]["pretraining"])["data"]["checksum"]
-    assert json.loads(header["pretraining"])["data"]["checksum"] != first
+    how = HOW if isinstance(change, str) else HOW._replace(**change)
+    other = pretrain_on_folder(folder, how, tmp_path / "other", runs=tmp_path / "runs")
+    assert trained == [HOW, how] and read(first)[1] != read(other)[1]
 
 
-def somebodys(path, made):
-    save_file({"conv1.weight": torch.zeros(1)}, path)
-
-
-def with_a_header(path, made):
-    save_file({"conv1.weight": torch.zeros(1)}, path, metadata={"description": "ImageNet", "standin": "false"})
-
-
-def of_other_settings(path, made):
-    path.write_bytes(made[0].read_bytes())
+def write_weights(path, made, **header):
+    save_file({"conv1.weight": torch.zeros(1)}, path, metadata=header or None)
 
 
 @pytest.mark.parametrize("there", [
-    somebodys, with_a_header, of_other_settings, lambda path, made: path.write_bytes(b"x"),
+    write_weights, partial(write_weights, description="ImageNet", standin="false"),
+    lambda path, made: path.write_bytes(made[0].read_bytes()), lambda path, made: path.write_bytes(b"x"),
 ], ids=["plain", "described", "other settings", "no weights"])  # fmt: skip
 def test_a_file_of_another_making_is_not_replaced(made, command, error_of, tmp_path, monkeypatch, there):
     monkeypatch.setattr(pretraining, "pretrain", never)
@@ -259,41 +174,9 @@ def test_init_leaves_out_a_last_layer_of_another_width(made, tmp_path):
     torch.save(load_file(made[0]), tmp_path / "mine.pth")
     how = HOW._replace(recipe=STILL)
     path = pretrain_on_folder(folder, how, tmp_path / "out", init=tmp_path / "mine.pth", runs=tmp_path / "runs")
-    (state, header), before = read(path), load_file(made[0])
+    state, before = load_file(path), load_file(made[0])
     torch.testing.assert_close(state["layer4.1.conv2.weight"].float(), before["layer4.1.conv2.weight"].float())
-    assert state["fc.weight"].shape == (2, 512) and header["num_classes"] == "2"
-    assert header["description"] == "mine.pth; then two (2 classes, 8 images), 1 epoch, 32 px from 32 px crops"
-
-
-def test_init_leaves_out_a_last_layer_that_was_trained_on_other_data(made, pictures, tmp_path):
-    """Its outputs may stand for the same classes in another order."""
-    header = read(made[0])[1]
-    facts = json.loads(header["pretraining"])
-    for number, data in enumerate(({**facts["data"], "checksum": "of others"}, "no facts", None)):
-        there = {**header, "pretraining": json.dumps({**facts, "data": data})}
-        save_file(load_file(made[0]), tmp_path / f"{number}.safetensors", metadata=there)
-        how = HOW._replace(recipe=STILL, seed=9)
-        path = pretrain_on_folder(pictures, how, tmp_path / f"out{number}", init=tmp_path / f"{number}.safetensors",
-                                  runs=tmp_path / "runs")  # fmt: skip
-        state, before = load_file(path), load_file(made[0])
-        torch.testing.assert_close(state["layer4.1.conv2.weight"].float(), before["layer4.1.conv2.weight"].float())
-        assert (state["fc.weight"].float() - before["fc.weight"].float()).abs().max() > 1e-3
-
-
-def test_other_first_weights_train_anew(count_trainings, made, pictures, tmp_path):
-    other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in load_file(made[0]).items()}
-    save_file(other, tmp_path / "other.safetensors", metadata=read(made[0])[1])
-    for number, init in enumerate((None, made[0], tmp_path / "other.safetensors", made[0])):
-        pretrain_on_folder(pictures, HOW, tmp_path / f"out{number}", init=init, runs=tmp_path / "runs")
-    assert len(count_trainings) == 3
-
-
-def test_the_recipe_that_is_taken_without_a_rate():
-    def rate(batch_size, continues, given=None):
-        return default_recipe(5, batch_size, given, "cosine", continues).learning_rate
-
-    assert rate(256, False) == 2 * rate(128, False) and rate(64, True) == rate(128, True) / 2
-    assert 0 < rate(128, True) < rate(128, False) and rate(128, True, 0.7) == rate(64, False, 0.7) == 0.7
+    assert state["fc.weight"].shape == (2, 512)
 
 
 BAD = {
@@ -323,7 +206,7 @@ def test_unfit_images_are_one_line(command, error_of, tmp_path, monkeypatch, cha
     ({"schedule": "step"}, ["'step'", "'one_cycle'"]), ({"seed": -1}, ["seed: '-1'", "from 0"]),
     ({"device": "abacus"}, ["device: 'abacus'", "'cpu'"]), ({"precision": "float8"}, ["'float8'", "'bfloat16'"]),
     ({"threads": 0}, ["threads: '0'", "at least 1"]), ({"init": "no/such.pth"}, ["--init: ", "no/such.pth"]),
-    ({"init": "kdutils"}, ["--init: ", "kdutils"]), ({"init": "Makefile"}, ["Makefile", "plain state dict"]),
+    ({"init": "kdutils"}, ["--init: ", "kdutils"]), ({"init": "Makefile"}, ["Makefile", "more than tensors"]),
 ])  # fmt: skip
 def test_unfit_options_are_one_line(command, error_of, tmp_path, monkeypatch, options, fragments):
     monkeypatch.setattr(pretraining, "pretrain", never)
@@ -344,15 +227,49 @@ def test_there_is_nothing_to_train_on_without_classes(tmp_path):
     assert message.startswith("data: ") and str(tmp_path / "bare") in message
 
 
-def test_without_crops_it_learns_from_whole_images_and_their_mirror_images(monkeypatch):
-    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
-    split, seen = Split(images, torch.arange(6) % 3), []
+TOP = 2**20 - 1
 
-    def look(network, inputs, labels, *arguments, num_views, **options):
-        index = torch.arange(6).repeat(num_views)
-        seen.append(inputs(index, torch.arange(num_views).repeat_interleave(6)))
-        return {}
 
-    monkeypatch.setattr(pretraining, "fit", look)
-    pretraining.pretrain(HOW, split, split, 3, crops=False)
-    assert torch.equal(seen[0], normalise(torch.cat([images, images.flip(3)])))
+def crop_number(size, right, down, flip=0):
+    """The number of a crop: its size and place as fractions of what is possible."""
+    size, right, down = (round(fraction * TOP) for fraction in (size, right, down))
+    return torch.tensor([flip + (size << 1) + (right << 21) + (down << 41)])
+
+
+def random_images(count=3):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, 40, 40), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 0), (0.3, 0.8)])
+@pytest.mark.parametrize("size", [24, 40, 64])
+def test_the_largest_crop_is_the_whole_image_resized(size, place):
+    found = crop_pixels(random_images(), torch.arange(3), crop_number(1, *place).expand(3), size)
+    expected = F.interpolate(random_images().float(), (size, size), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [0, 0.25, 1])
+@pytest.mark.parametrize("right, down", [(0, 0), (1, 1), (0.2, 0.9), (1, 0)])
+def test_a_crop_is_a_square_of_its_area_at_its_place_within_the_image(size, right, down):
+    """The image's red rises by 6 a column, its green by 6 a row."""
+    ramp = (6 * torch.arange(40)).to(torch.uint8)
+    image = torch.stack([channel.expand(40, 40) for channel in (ramp, ramp[:, None], torch.zeros_like(ramp))])[None]
+    pixels = crop_pixels(image, torch.tensor([0]), crop_number(size, right, down), 32)[0].numpy()
+    side = 40 * np.sqrt(0.4 + 0.6 * size)
+    for channel, axis, place in ((0, 0, right), (1, 1, down)):
+        expected = (40 - side) * place + side * (np.arange(32) + 0.5) / 32 - 0.5  # columns or rows of the image
+        np.testing.assert_allclose(pixels[channel].mean(axis=axis), 6 * expected.clip(0, 39), atol=0.05)
+        assert np.ptp(pixels[channel], axis=axis).max() < 0.05
+
+
+def test_any_crop_depends_on_its_own_pair_alone_and_its_flip_is_its_mirror_image():
+    index, crop = draw(0, 0, 20, NUM_CROPS)
+    crop = torch.cat([crop[:-1], torch.tensor([NUM_CROPS - 1])])
+    together = crop_pixels(random_images(20), index, crop, 32)
+    alone = torch.cat([crop_pixels(random_images(20), index[[i]], crop[[i]], 32) for i in range(20)])
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-3)
+    flipped = crop_pixels(random_images(20), index, crop ^ 1, 32)
+    torch.testing.assert_close(flipped, together.flip(-1), rtol=0, atol=0.05)
+    assert together.min() >= 0 and together.max() <= 255.001
