@@ -40,6 +40,7 @@ except ImportError:  # Windows
 History = dict[str, list[float]]  # a value an epoch
 # seconds between checkpoints, at least: within an epoch; at its end, so that what is cut goes on within one epoch
 CHECKPOINT_EVERY, CHECKPOINT_AT_END = 15.0, 1.0
+CHECKPOINT_FORMAT = 1  # raise it when what `fit` saves changes: older checkpoints are then not used
 FORMAT = 2  # raise it when a cached result's content changes its meaning: older ones are then made again
 # what the system says of a disk that is full, read-only or somebody else's
 DISK_ERRORS = {
@@ -118,12 +119,12 @@ def resumable(
     folder: Path,
     name: str,
     key: Mapping[str, Any],
-    make: Callable[[Path], tuple[dict[str, Tensor], dict[str, Any]]],
+    make: Callable[["Checkpoint"], tuple[dict[str, Tensor], dict[str, Any]]],
 ) -> Cached:
-    """A cached result whose making can be resumed: `make` is given the path of a checkpoint, removed afterwards."""
-    checkpoint = cache_path(folder, name, key).with_suffix(".checkpoint")
-    made = cached(folder, name, key, functools.partial(make, checkpoint))
-    checkpoint.unlink(missing_ok=True)
+    """A cached result whose making can be resumed: `make` is given a checkpoint, which is removed afterwards."""
+    path = cache_path(folder, name, key).with_suffix(".checkpoint")
+    made = cached(folder, name, key, lambda: make(Checkpoint(path)))
+    path.unlink(missing_ok=True)
     return made
 
 
@@ -342,24 +343,43 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Checkpoint:
-    """Writes the checkpoint of a training now and then, and finds it again."""
+    """The file from which an interrupted training resumes: plain values, tensors and state dicts, by name.
 
-    def __init__(self, path: Path | None, parts: dict, history: History):
-        self.path, self.parts, self.history = path, parts, history
-        self.last, self.cost = time.monotonic(), 0.0
+    Without a path there is none: nothing is loaded, and nothing is ever due.
+    """
 
-    def is_due(self, every: float) -> bool:
-        """Whether so many seconds have passed since the last one; writing takes a sixtieth of the time at most."""
-        return self.path is not None and time.monotonic() - self.last >= max(every, CHECKPOINT_EVERY * 4 * self.cost)
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.last, self.cost = time.monotonic(), 0.0  # when the last one was written, and how long that took
 
-    def save(self, epoch: int, step: int, total: Tensor, correct: Tensor) -> None:
-        assert self.path is not None  # nothing is due without one
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last, on the CPU; None if there is nothing, or, with a line, nothing that can be used."""
+        if self.path is None or not self.path.exists():
+            return None
+        content = self.path.read_bytes()
+        problem = "is damaged (its checksum does not fit)"
+        if hashlib.sha256(content[32:]).digest() == content[:32]:  # torch.load does not check what it reads
+            state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+            if isinstance(state, dict) and state.pop("format", None) == CHECKPOINT_FORMAT:
+                return state
+            problem = "was written by another version"
+        print(f"{shown_path(self.path)}: {problem}; this training starts anew")
+        return None
+
+    def is_due(self, end_of_epoch: bool) -> bool:
+        """Whether it is time to save: rarely within an epoch, soon at its end.
+
+        Writing takes a sixtieth of the time at most.
+        """
+        every = max(CHECKPOINT_AT_END if end_of_epoch else CHECKPOINT_EVERY, 4 * CHECKPOINT_EVERY * self.cost)
+        return self.path is not None and time.monotonic() - self.last >= every
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace what was saved. Raises `UserError` where the disk refuses; the old one is then kept."""
+        assert self.path is not None  # without a path nothing is due
         start = time.monotonic()
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"history": self.history, "epoch": epoch, "step": step, "total": total, "correct": correct}
         content = io.BytesIO()
-        torch.save(state, content)
-        # torch.load does not check what it reads
+        torch.save({**state, "format": CHECKPOINT_FORMAT}, content)
         checksum = hashlib.sha256(content.getbuffer()).digest()
 
         def write(temporary: Path) -> None:
@@ -367,29 +387,11 @@ class Checkpoint:
                 file.write(checksum)
                 file.write(content.getbuffer())
                 file.flush()
-                os.fsync(file.fileno())  # a machine that goes down now must find the new one or the old one whole
+                os.fsync(file.fileno())  # after a power cut the old one or the new one is there, whole
 
         write_atomically(self.path, write)
         self.last = time.monotonic()
         self.cost = self.last - start
-
-    def restore(self) -> tuple[int, int, Tensor, Tensor]:
-        """Load a checkpoint where there is an undamaged one: the epochs and steps done, and that epoch's sums."""
-        anew = 0, 0, torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        if self.path is None or not self.path.exists():
-            return anew
-        content = self.path.read_bytes()
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
-            print(f"{shown_path(self.path)}: is damaged (its checksum does not fit); this training starts anew")
-            return anew
-        state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-        if not state.keys() >= {*self.parts, "history", "epoch", "step", "total", "correct"}:
-            print(f"{shown_path(self.path)}: was written by an earlier version; this training starts anew")
-            return anew
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.history.update(state["history"])
-        return state["epoch"], state["step"], state["total"], state["correct"]
 
 
 def describe(function: Callable, within: tuple[Callable, ...] = ()) -> dict:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdutils.cache import (
+    Checkpoint,
     cache_path,
     check_writable,
     fingerprint,
@@ -55,7 +56,7 @@ def default_recipe(epochs: int, batch_size: int, learning_rate: float | None, sc
 
 def pretrain(
     how: Pretraining, train: Split, val: Split, num_classes: int, *, crops: bool = True,
-    init: Mapping[str, Tensor] | None = None, name: str | None = None, checkpoint: Path | None = None,
+    init: Mapping[str, Tensor] | None = None, name: str | None = None, checkpoint: Checkpoint | None = None,
 ) -> tuple[dict[str, Tensor], History]:  # fmt: skip
     """Train a ResNet on random crops of `train`; returns its state dict and the history.
 
@@ -133,7 +134,7 @@ def pretrain_on_folder(
         # its outputs may stand for other classes, or the same in another order
         before = {name: tensor for name, tensor in before.items() if not name.startswith("fc.")}
 
-    def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
+    def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
         with lower_if_out_of_memory(f"{how.arch}: pre-training", "--batch-size or --size"):
             on_device = {part: split.to(how.device) for part, split in parts.items()}
             state, history = pretrain(

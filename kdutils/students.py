@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdutils.cache import Cached, cached, describe, lower_if_out_of_memory, resumable, source_of
+from kdutils.cache import Cached, Checkpoint, cached, describe, lower_if_out_of_memory, resumable, source_of
 from kdutils.data.images import Dataset
 from kdutils.data.views import Pool, make_views, view_pixels
 from kdutils.losses import (
@@ -157,7 +156,7 @@ def fit_student(arm: Method, dataset: Dataset, settings: Settings, seed: int, po
         key["start"] = start[seed].fingerprint
     called = _called(arm, seed)
 
-    def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
+    def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
         model = seeded(seed, SmallCNN, len(dataset.classes))
         if start:
             model.load_state_dict(start[seed].state)

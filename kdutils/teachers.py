@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdutils.cache import (
     Cached,
+    Checkpoint,
     cache_path,
     cached,
     fingerprint,
@@ -146,7 +147,7 @@ def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) 
     """
     work = FineTuning(arch, dataset, settings)
 
-    def make(checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
+    def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
         history = work.fit(seed, checkpoint)[1]
         return {}, {**history, "trained_views": work.trained_views, "weights": work.source.checksum}
 
@@ -482,7 +483,7 @@ class FineTuning:
         """The fitted suffix of a seed."""
         return resumable(self.folder, f"{self.name}-seed{seed}", self.key("suffix", seed=seed), partial(self.fit, seed))
 
-    def fit(self, seed: int, checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
+    def fit(self, seed: int, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
         """Fit a seed's suffix: its tensors and its history."""
         suffix, name = self.cut(seed)[1], f"{self.arch}, {self.trainable}, seed {seed}"
         with lower_if_out_of_memory(name, "teacher_batch_size or feature_memory_gb"):
@@ -607,7 +608,7 @@ def _generated(arch: str, settings: Settings) -> tuple[Source, dict[str, Tensor]
     return Source(description, True, made.fingerprint, {}), made.tensors
 
 
-def _pretrain_generated(how: Pretraining, count: int, checkpoint: Path) -> tuple[dict[str, Tensor], dict]:
+def _pretrain_generated(how: Pretraining, count: int, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
     """Pre-train a whole ResNet on generated images of shapes that shapes10 does not have."""
     names = list(shapes.OTHER_SHAPES)
     train, val = (

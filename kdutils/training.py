@@ -3,14 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdutils.cache import CHECKPOINT_AT_END, CHECKPOINT_EVERY, Checkpoint, History
+from kdutils.cache import Checkpoint, History
 from kdutils.progress import TrainingProgress
 from kdutils.settings import UserError
 
@@ -70,7 +69,7 @@ def fit(
     validation: tuple[Tensor, Tensor],
     precision: str = "float32",
     name: str = "training",
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     last_layer_factor: float = 1.0,
 ) -> History:
     """Train `model` in place; the last epoch counts. Returns loss and accuracy of every epoch.
@@ -80,7 +79,7 @@ def fit(
     measured on the augmented views of the labelled images while training. `validation` holds inputs and labels. The
     last, incomplete batch of an epoch is left out. `last_layer_factor`: the learning rate of the layer called `fc`, in
     terms of the recipe's.
-    With a `checkpoint` path, a training that was cut goes on from the step it was last saved at.
+    With a `checkpoint`, an interrupted training resumes from the step it was last saved at.
 
     Raises `TrainingError` when an epoch's loss or the logits after it are not finite, or the loss of an epoch so far
     where it would be saved.
@@ -92,10 +91,20 @@ def fit(
     steps = len(labels) // batch_size
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(recipe.schedule, steps * recipe.epochs))
     history: History = {key: [] for key in ("train_loss", "train_accuracy", "val_loss", "val_accuracy")}
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    saver = Checkpoint(checkpoint, parts, history)
-    first, first_step, total, correct = saver.restore()
-    total, correct = total.to(device), correct.to(device)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    checkpoint = checkpoint or Checkpoint(None)
+    first, first_step = 0, 0
+    total, correct = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    if saved := checkpoint.load():
+        for part in parts:
+            parts[part].load_state_dict(saved[part])
+        history.update(saved["history"])
+        first, first_step = saved["epoch"], saved["step"]
+        total, correct = saved["total"].to(device), saved["correct"].to(device)
+
+    def save(epoch: int, step: int) -> None:
+        state = {part: parts[part].state_dict() for part in parts}
+        checkpoint.save(state | {"history": history, "epoch": epoch, "step": step, "total": total, "correct": correct})
 
     def mean_loss(epoch: int, step: int) -> float:
         return finite(total.item() / step, "the loss", epoch)
@@ -107,7 +116,8 @@ def fit(
             )
         return value
 
-    with TrainingProgress(name, recipe.epochs, steps, first + first_step / steps) as report:
+    with TrainingProgress(name) as report:
+        report.begin(recipe.epochs, steps, first + first_step / steps)
         for epoch in range(first, recipe.epochs):
             order, view = (t.to(device) for t in draw(seed, epoch, len(labels), num_views))
             batches = list(zip(order.split(batch_size), view.split(batch_size)))[first_step:steps]
@@ -127,9 +137,9 @@ def fit(
                 correct += (logits.detach().argmax(dim=1) == labels[batch]).sum()
                 if step < steps:
                     report.step(epoch, step)
-                    if saver.is_due(CHECKPOINT_EVERY):
+                    if checkpoint.is_due(end_of_epoch=False):
                         mean_loss(epoch, step)  # what is not finite must not be saved
-                        saver.save(epoch, step, total, correct)
+                        save(epoch, step)
             history["train_loss"].append(mean_loss(epoch, steps))
             logits = predict(model, validation[0], precision=precision)
             finite(logits.abs().max().item(), "the largest of the validation images' logits", epoch)
@@ -140,8 +150,8 @@ def fit(
             report.epoch(history)
             first_step = 0
             total, correct = torch.zeros_like(total), torch.zeros_like(correct)
-            if epoch + 1 < recipe.epochs and saver.is_due(CHECKPOINT_AT_END):
-                saver.save(epoch + 1, 0, total, correct)
+            if epoch + 1 < recipe.epochs and checkpoint.is_due(end_of_epoch=True):
+                save(epoch + 1, 0)
     model.eval()
     return history
 

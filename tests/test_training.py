@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import message_of
 from torch import nn
 
-from kdutils import training
+from kdutils import cache, progress
 from kdutils.training import Recipe, TrainingError, draw, fit, predict
 
 
@@ -33,13 +33,13 @@ LABELS = torch.arange(30) % 3
 INPUTS = torch.randn(30, 2, 4, 4, generator=torch.Generator().manual_seed(0)) + LABELS[:, None, None, None]
 
 
-def train(model, recipe=recipe(), loss=None, **named):
+def train(model, recipe=recipe(), loss=None, checkpoint=None, **named):
     """Fit on the toy problem above; view 1 is the mirror image."""
     if loss is None:
         loss = lambda logits, index, view: F.cross_entropy(logits, LABELS[index])  # noqa: E731
     named = {"num_views": 2, "seed": 0, "validation": (INPUTS[:9], LABELS[:9]), "name": "toy", **named}
     inputs = lambda index, view: torch.where(view[:, None, None, None] == 1, INPUTS[index].flip(-1), INPUTS[index])  # noqa: E731
-    return fit(model, inputs, LABELS, loss, recipe, **named)
+    return fit(model, inputs, LABELS, loss, recipe, checkpoint=cache.Checkpoint(checkpoint), **named)
 
 
 def same_state(one, other):
@@ -224,8 +224,8 @@ def cut_training(checkpoint, after_steps, **named):
 
 @pytest.fixture
 def always_save(monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 0.0)
-    monkeypatch.setattr(training, "CHECKPOINT_AT_END", 0.0)
+    monkeypatch.setattr(cache, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(cache, "CHECKPOINT_AT_END", 0.0)
 
 
 def resume_training(model, checkpoint, **named):
@@ -269,7 +269,8 @@ def test_a_training_cut_in_its_first_step_starts_anew(tmp_path, always_save):
 def clock(monkeypatch):
     """A clock that the test sets, as a list of one number, for `fit` to look at."""
     now = [0.0]
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (cache, progress):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
@@ -302,7 +303,7 @@ def test_the_longer_a_checkpoint_takes_to_write_the_rarer_it_is(tmp_path, clock,
         written.append(clock[0])
         clock[0] += cost
 
-    monkeypatch.setattr(training, "write_atomically", write)
+    monkeypatch.setattr(cache, "write_atomically", write)
 
     def loss(logits, index, view):
         clock[0] += 4
@@ -343,7 +344,7 @@ def test_a_damaged_checkpoint_starts_the_training_anew_with_a_line(tmp_path, alw
 def test_no_flipped_byte_of_a_checkpoint_changes_the_outcome(tmp_path, always_save, monkeypatch):
     path = tmp_path / "x.checkpoint"
     cut_training(path, 7)
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 15.0)
+    monkeypatch.setattr(cache, "CHECKPOINT_EVERY", 15.0)
     good = path.read_bytes()
     whole = network()
     history = train(whole)
