@@ -40,6 +40,7 @@ except ImportError:  # Windows
 History = dict[str, list[float]]  # a value an epoch
 # seconds between checkpoints, at least: within an epoch; at its end, so that what is cut goes on within one epoch
 CHECKPOINT_EVERY, CHECKPOINT_AT_END = 15.0, 1.0
+CHECKPOINT_FORMAT = 1  # raise it when what `fit` saves changes: older checkpoints are then not used
 FORMAT = 2  # raise it when a cached result's content changes its meaning: older ones are then made again
 # what the system says of a disk that is full, read-only or somebody else's
 DISK_ERRORS = {
@@ -120,10 +121,10 @@ def resumable(
     key: Mapping[str, Any],
     make: Callable[["Checkpoint"], tuple[dict[str, Tensor], dict[str, Any]]],
 ) -> Cached:
-    """A cached result whose making can be resumed: `make` is given the path of a checkpoint, removed afterwards."""
-    checkpoint = cache_path(folder, name, key).with_suffix(".checkpoint")
-    made = cached(folder, name, key, lambda: make(Checkpoint(checkpoint)))
-    checkpoint.unlink(missing_ok=True)
+    """A cached result whose making can be resumed: `make` is given a checkpoint, which is removed afterwards."""
+    path = cache_path(folder, name, key).with_suffix(".checkpoint")
+    made = cached(folder, name, key, lambda: make(Checkpoint(path)))
+    path.unlink(missing_ok=True)
     return made
 
 
@@ -342,24 +343,43 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Checkpoint:
-    """Keeps the state of a training in a file now and then, and finds it again. A path of None keeps nothing."""
+    """The file from which an interrupted training resumes: plain values, tensors and state dicts, by name.
+
+    Without a path there is none: nothing is loaded, and nothing is ever due.
+    """
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.last, self.cost = time.monotonic(), 0.0
+        self.last, self.cost = time.monotonic(), 0.0  # when the last one was written, and how long that took
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last, on the CPU; None if there is nothing, or, with a line, nothing that can be used."""
+        if self.path is None or not self.path.exists():
+            return None
+        content = self.path.read_bytes()
+        problem = "is damaged (its checksum does not fit)"
+        if hashlib.sha256(content[32:]).digest() == content[:32]:  # torch.load does not check what it reads
+            state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+            if isinstance(state, dict) and state.pop("format", None) == CHECKPOINT_FORMAT:
+                return state
+            problem = "was written by another version"
+        print(f"{shown_path(self.path)}: {problem}; this training starts anew")
+        return None
 
     def is_due(self, end_of_epoch: bool) -> bool:
-        """Whether enough seconds have passed since the last one; writing takes a sixtieth of the time at most."""
-        every = CHECKPOINT_AT_END if end_of_epoch else CHECKPOINT_EVERY
-        return self.path is not None and time.monotonic() - self.last >= max(every, CHECKPOINT_EVERY * 4 * self.cost)
+        """Whether it is time to save: rarely within an epoch, soon at its end.
+
+        Writing takes a sixtieth of the time at most.
+        """
+        every = max(CHECKPOINT_AT_END if end_of_epoch else CHECKPOINT_EVERY, 4 * CHECKPOINT_EVERY * self.cost)
+        return self.path is not None and time.monotonic() - self.last >= every
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write a state of tensors and plain values atomically."""
-        assert self.path is not None  # nothing is due without one
+        """Replace what was saved. Raises `UserError` where the disk refuses; the old one is then kept."""
+        assert self.path is not None  # without a path nothing is due
         start = time.monotonic()
         content = io.BytesIO()
-        torch.save(dict(state), content)
-        # torch.load does not check what it reads
+        torch.save({**state, "format": CHECKPOINT_FORMAT}, content)
         checksum = hashlib.sha256(content.getbuffer()).digest()
 
         def write(temporary: Path) -> None:
@@ -367,21 +387,11 @@ class Checkpoint:
                 file.write(checksum)
                 file.write(content.getbuffer())
                 file.flush()
-                os.fsync(file.fileno())  # after a power cut the new file or the old one must be whole
+                os.fsync(file.fileno())  # after a power cut the old one or the new one is there, whole
 
         write_atomically(self.path, write)
         self.last = time.monotonic()
         self.cost = self.last - start
-
-    def load(self) -> dict[str, Any] | None:
-        """The state that was saved last, on the CPU; None where there is none, or a damaged one."""
-        if self.path is None or not self.path.exists():
-            return None
-        content = self.path.read_bytes()
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
-            print(f"{shown_path(self.path)}: is damaged (its checksum does not fit); this training starts anew")
-            return None
-        return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
 
 
 def describe(function: Callable, within: tuple[Callable, ...] = ()) -> dict:

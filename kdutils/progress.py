@@ -81,18 +81,19 @@ class Batch:
 
 class TrainingProgress:
     """Shows a training's progress: a tqdm bar for people, plain lines for files and batch runs (one an epoch, and one
-    a minute in long epochs)."""
+    a minute in long epochs). A context manager; leaving it closes the bar."""
 
     def __init__(self, name: str):
         self.name = name
-        self.bar = self.plain = None
+        self.bar: tqdm | None = None
+        self.plain: Any = None
 
     def __enter__(self) -> "TrainingProgress":
         return self
 
-    def begin(self, epochs: int, steps: int, done: float) -> None:
-        """Open the bar or the log; `done`: epochs done before."""
-        self.epochs, self.steps, self.first = epochs, steps, done
+    def begin(self, epochs: int, steps: int, done: float = 0.0) -> None:
+        """Open the bar or the log. steps: of an epoch; done: epochs that an earlier run has done."""
+        self.epochs, self.steps, self.done = epochs, steps, done
         self.start = self.shown = time.monotonic()
         self.plain = open_progress_log()
         if self.plain is None:
@@ -116,7 +117,7 @@ class TrainingProgress:
 
     def _line(self, text: str, done: float) -> None:
         self.shown = time.monotonic()
-        left = (self.shown - self.start) / (done - self.first) * (self.epochs - done)
+        left = (self.shown - self.start) / (done - self.done) * (self.epochs - done)
         print(f"{self.name}: {text}, {left:.0f} s left", file=self.plain, flush=True)
 
     def __exit__(self, *exception: object) -> None:

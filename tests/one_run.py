@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from kdutils import training
+from kdutils import cache
 from kdutils.data.images import load_data
 from kdutils.losses import cross_entropy, distillation_loss
 from kdutils.results.tables import finish, student_rows, teacher_rows
@@ -61,7 +61,7 @@ def start(profile, folder, until=None, log=os.devnull):
 
         sys.addaudithook(audit)
         register_optimizer_step_post_hook(event)
-        training.CHECKPOINT_EVERY = training.CHECKPOINT_AT_END = 0.0
+        cache.CHECKPOINT_EVERY = cache.CHECKPOINT_AT_END = 0.0
         sys.stdout = open(log, "w", buffering=1)
         try:
             run(profile, runs_dir=str(folder))
