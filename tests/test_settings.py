@@ -1,9 +1,10 @@
-"""kdutils.settings: every parameter checked once, with one clear line for what will not do."""
+"""kdutils.settings: every parameter checked once, with one clear line for what is not valid."""
 
 import dataclasses
 import json
 import math
 import re
+import typing
 
 import hypothesis
 import pytest
@@ -13,18 +14,20 @@ from conftest import message_of
 from hypothesis import strategies as st
 
 from kdutils.settings import (
+    MACHINE,
     PROFILES,
     ROOT,
     Settings,
     UserError,
     checked,
     load_settings,
+    logits_file,
     notebook_settings,
     pick_precision,
+    weights_file,
 )
 
-TEXTS = {field.name for field in dataclasses.fields(Settings) if field.type in (str, str | None)}
-MACHINE = {"profile", "data_dir", "runs_dir", "device", "threads"}
+TEXTS = {name for name, kind in typing.get_type_hints(Settings).items() if kind in (str, str | None)}
 OTHER = {  # another possible value of every setting, in the tiny profile
     "profile": "demo", "data": "cifar10", "data_name": "my images", "train_size": 41, "val_size": 11, "test_size": 11,
     "split_seed": 1, "max_shift": 2, "shift_step": 2, "seeds": [0], "epochs": 3, "batch_size": 11,
@@ -45,7 +48,7 @@ OTHER = {  # another possible value of every setting, in the tiny profile
 
 @pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.yaml")))
 def test_every_profile_loads(profile):
-    settings = load_settings(profile, weights="none")  # the folder of weights is no part of a checkout
+    settings = load_settings(profile)
     assert settings.run_folder == ROOT / "runs" / profile
     assert settings.device in ("cpu", "cuda", "mps") and settings.precision in ("float32", "bfloat16")
 
@@ -81,7 +84,7 @@ def test_a_name_like_no_setting_brings_the_list(tiny):
 
 
 ARCHES = ("resnet50", "resnet18")
-WHOLE, ABOVE_0, FRACTION = "a whole number, at least", "a finite number above 0", "a number from 0 to 1"
+ABOVE_0, FRACTION = "a finite number above 0", "a number from 0 to 1"
 LIST = "a list of one or more different whole numbers"
 
 
@@ -93,10 +96,10 @@ LIST = "a list of one or more different whole numbers"
     *[("seeds", value, LIST) for value in (
         [], [0, 0], "abc", [-1], 3, "3", [0.5], ["0"], [True], "[]", "[0, 0]", "[0, 1", 2**31, [2**31], {0, 1})],
     *[("teacher_seeds", value, LIST) for value in ([], [1, 1])],
-    *[("epochs", value, f"{WHOLE} 1") for value in (0, -3, 2.5, "many", "2.5", True, math.inf, [3])],
-    ("train_size", 9, f"{WHOLE} 10"), ("val_size", 0, f"{WHOLE} 10"), ("test_size", -1, f"{WHOLE} 10"),
-    ("batch_size", 1, f"{WHOLE} 2"), ("split_seed", -1, "a whole number from 0"), ("split_seed", 2**31, "a whole number from 0"),
-    ("max_shift", 16, "from 0 to 15"), ("max_shift", -1, "from 0 to 15"), ("shift_step", 0, f"{WHOLE} 1"),
+    *[("epochs", value, "a whole number, 1 or more") for value in (0, -3, 2.5, "many", "2.5", True, math.inf, [3])],
+    ("train_size", 9, "a whole number, 10 or more"), ("val_size", 0, "a whole number, 10 or more"), ("test_size", -1, "a whole number, 10 or more"),
+    ("batch_size", 1, "a whole number, 2 or more"), ("split_seed", -1, "a whole number from 0"), ("split_seed", 2**31, "a whole number from 0"),
+    ("max_shift", 16, "from 0 to 15"), ("max_shift", -1, "from 0 to 15"), ("shift_step", 0, "a whole number, 1 or more"),
     ("learning_rate", 0, ABOVE_0), ("learning_rate", "fast", ABOVE_0), ("weight_decay", -1e-9, "0 or above"),
     ("label_smoothing", 1.0, "0 to below 1"), ("kd_label_smoothing", -0.1, "0 to below 1"),
     ("optimizer", "Adam", "'adam', 'adamw', 'sgd'"), ("schedule", "onecycle", "'constant', 'cosine', 'one_cycle'"),
@@ -104,14 +107,14 @@ LIST = "a list of one or more different whole numbers"
     *[("data", value, "'cifar10', 'shapes10' or 'folder:PATH'") for value in ("mnist", "folder:", "folder: ", 3, "")],
     ("data_name", " ", "not empty"), ("weights", "", "not empty"), ("data_dir", "", "not empty"),
     ("device", "tpu", "'auto', 'cpu', 'cuda', 'mps'"), ("precision", "float16", "'auto', 'float32', 'bfloat16'"),
-    ("threads", 0, f"{WHOLE} 1"), ("feature_memory_gb", 0, ABOVE_0),
+    ("threads", 0, "a whole number, 1 or more"), ("feature_memory_gb", 0, ABOVE_0),
     ("teacher_resize", "lanczos", "'bilinear', 'bicubic', 'nearest'"), ("teacher_resize", 2, "'bilinear'"),
     *[(f"{arch}_standardize", value, "true or false") for arch in ARCHES for value in (1, "1", "yes", 0.0, [True])],
     *[(f"{arch}_last_layer_factor", value, ABOVE_0) for arch in ARCHES for value in (0, -1.0, math.inf, "low", True)],
 ])  # fmt: skip
 def test_an_impossible_value_is_named_with_the_rule(tiny, name, value, rule):
     message = message_of(tiny, **{name: value})
-    assert message.startswith(f"{name}: ") and "it must be" in message and rule in message
+    assert message.startswith(f"{name}: ") and "is not valid; use " in message and rule in message
     shown = repr(value)
     assert shown[:20].strip("'") in message
 
@@ -161,24 +164,21 @@ def test_a_home_folder_that_is_nobodys_is_no_traceback(tiny):
     assert "~nobody-of-that-name" in message_of(tiny, weights="~nobody-of-that-name/weights")
 
 
-@pytest.mark.parametrize("missing", ["resnet18", "resnet50"])
-def test_a_folder_without_an_architectures_weights_is_named(tiny, tmp_path, missing):
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    (folder / ("resnet50.safetensors" if missing == "resnet18" else "resnet18.pth")).touch()
-    message = message_of(tiny, weights=str(folder))
-    assert message.startswith("weights: ") and str(folder) in message and f"no {missing}.safetensors" in message
+def test_weights_are_a_file_of_a_folder(tmp_path):
+    assert f"there is no folder {tmp_path / 'weights'}" in message_of(weights_file, tmp_path / "weights", "resnet18")
+    (tmp_path / "weights").mkdir()
+    message = message_of(weights_file, tmp_path / "weights", "resnet18")
+    assert message.startswith("weights: ") and str(tmp_path) in message and "no resnet18.safetensors" in message
+    for suffix in ("pt", "pth", "safetensors"):  # the last one there is preferred
+        path = tmp_path / "weights" / f"resnet18.{suffix}"
+        path.touch()
+        assert weights_file(tmp_path / "weights", "resnet18") == path
 
 
-@pytest.mark.parametrize("missing", ["resnet18", "resnet50"])
-def test_a_fine_tuned_teachers_logits_may_lie_in_place_of_its_weights(tiny, tmp_path, missing):
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    for arch in ARCHES:
-        (folder / (f"{arch}-logits.safetensors" if arch == missing else f"{arch}.pth")).touch()
-    assert tiny(weights=str(folder)).weights == str(folder)
-    (folder / f"{missing}-logits.safetensors").unlink()
-    assert f"no {missing}.safetensors" in message_of(tiny, weights=str(folder))
+def test_a_fine_tuned_teachers_logits_may_lie_in_place_of_its_weights(tmp_path):
+    (path := tmp_path / "resnet18-logits.safetensors").touch()
+    assert [logits_file(str(tmp_path), arch) for arch in ARCHES] == [None, path]
+    assert [logits_file(weights, "resnet18") for weights in ("imagenet", "generated", "none")] == [None] * 3
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -226,7 +226,7 @@ def test_the_table_above_names_every_setting():
     assert set(OTHER) == {field.name for field in dataclasses.fields(Settings)}
 
 
-@pytest.mark.parametrize("name", sorted(set(OTHER) - MACHINE))
+@pytest.mark.parametrize("name", sorted({*OTHER} - {*MACHINE}))
 def test_what_results_depend_on_is_in_the_identity(tiny, name):
     settings = tiny()
     other = dataclasses.replace(settings, **{name: OTHER[name]})
@@ -273,9 +273,6 @@ def test_a_mended_cell_is_believed(tiny_profile):
 @pytest.mark.parametrize("name, prefix", [("data", "folder:"), ("weights", "")])
 def test_one_folder_is_one_run_however_its_path_is_written(tiny, tmp_path, monkeypatch, name, prefix):
     monkeypatch.setattr("kdutils.settings.ROOT", tmp_path)
-    (tmp_path / "here").mkdir()
-    for arch in ("resnet18", "resnet50"):
-        (tmp_path / "here" / f"{arch}.pth").touch()
     found = {tiny(**{name: prefix + path}).digest() for path in ("here", "./here", "here/", f"{tmp_path}/here")}
     assert len(found) == 1
 
@@ -286,11 +283,11 @@ def test_other_cells_may_use_any_name(tiny_profile):
 
 
 def test_a_notebook_without_ipython_and_profile_takes_cifar10():
-    assert notebook_settings({"weights": "none"}).profile == "cifar10"
+    assert notebook_settings({}).profile == "cifar10"
 
 
 def test_a_notebook_shows_the_message_and_no_traceback():
-    assert UserError("alpha: 2 will not do")._render_traceback_() == ["UserError: alpha: 2 will not do"]
+    assert UserError("alpha: 2 is not valid")._render_traceback_() == ["UserError: alpha: 2 is not valid"]
 
 
 plain = st.recursive(
