@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import reprlib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,43 +54,32 @@ def _one_of(*names: str) -> Rule:
     return Rule(f"one of {', '.join(map(repr, names))}", lambda value: isinstance(value, str) and value in names)
 
 
-def _is_list_of_different(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(fits, value)) and len(set(value)) == len(value)
+def _different(item: Rule, at_least: int, text: str) -> Rule:
+    def accepts(value: Any) -> bool:
+        return isinstance(value, list) and all(map(item.accepts, value)) and at_least <= len(value) == len(set(value))
 
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != ""
-
-
-def _is_data(value: Any) -> bool:
-    is_folder = isinstance(value, str) and value.startswith("folder:") and _is_text(value.removeprefix("folder:"))
-    return is_folder or value in ("cifar10", "shapes10")
+    return Rule(text, accepts)
 
 
 _SEED = _whole(0, 2**31 - 1)
-_TEXT = Rule("a text that is not empty", _is_text)
+_TEXT = Rule("a text that is not empty", lambda value: isinstance(value, str) and value.strip() != "")
+_DATA = Rule(
+    "'cifar10', 'shapes10' or 'folder:PATH'",
+    lambda value: (
+        isinstance(value, str) and re.fullmatch(r"cifar10|shapes10|folder:.*\S.*", value, re.DOTALL) is not None
+    ),
+)
 
 Text = Annotated[str, _TEXT]
-OptionalText = Annotated[str | None, _TEXT]
 Count = Annotated[int, _whole(1)]
-OptionalCount = Annotated[int | None, _whole(1)]
 BatchSize = Annotated[int, _whole(2)]
 PartSize = Annotated[int, _whole(10)]
 Positive = Annotated[float, _number("a finite number above 0", lambda value: value > 0)]
 NotNegative = Annotated[float, _number("a finite number, 0 or above", lambda value: value >= 0)]
 Fraction = Annotated[float, _number("a number from 0 to 1", lambda value: 0 <= value <= 1)]
 Smoothing = Annotated[float, _number("a number from 0 to below 1", lambda value: 0 <= value < 1)]
-Seeds = Annotated[
-    list[int],
-    Rule(
-        "a list of one or more different whole numbers, such as [0, 1, 2]",
-        lambda value: _is_list_of_different(value, _SEED.accepts) and len(value) > 0,
-    ),
-]
-Names = Annotated[
-    Sequence[str],
-    Rule("a list of different names, or [] for none", lambda value: _is_list_of_different(value, _is_text)),
-]
+Seeds = Annotated[list[int], _different(_SEED, 1, "a list of one or more different whole numbers, such as [0, 1, 2]")]
+Names = Annotated[Sequence[str], _different(_TEXT, 0, "a list of different names, or [] for none")]
 Optimizer = Annotated[str, _one_of("adam", "adamw", "sgd")]
 Schedule = Annotated[str, _one_of("constant", "cosine", "one_cycle")]
 TrainedPart = Annotated[str, _one_of("last_layer", "last_block")]
@@ -102,8 +92,8 @@ class Settings:
 
     profile: Text
     # Data
-    data: Annotated[str, Rule("'cifar10', 'shapes10' or 'folder:PATH'", _is_data)]
-    data_name: OptionalText = None
+    data: Annotated[str, _DATA]
+    data_name: Annotated[str | None, _TEXT] = None
     train_size: PartSize
     val_size: PartSize
     test_size: PartSize
@@ -158,7 +148,7 @@ class Settings:
     runs_dir: Text = "runs"
     device: Annotated[str, _one_of("auto", "cpu", "cuda", "mps")] = "auto"
     precision: Annotated[str, _one_of("auto", "float32", "bfloat16")] = "auto"
-    threads: OptionalCount = None
+    threads: Annotated[int | None, _whole(1)] = None
 
     @property
     def run_folder(self) -> Path:
@@ -336,17 +326,13 @@ def logits_file(weights: str, arch: str) -> Path | None:
 
 def weights_file(folder: Path, arch: str) -> Path:
     """The file with `arch`'s pre-trained weights in `folder`. Raises `UserError` when there is none."""
-    if not folder.is_dir():
-        raise UserError(
-            f"weights: there is no folder {shown_path(folder)}; use 'imagenet', 'generated', 'none', or a folder "
-            "with resnet50.safetensors and resnet18.safetensors (or .pth)"
-        )
     for suffix in (".safetensors", ".pth", ".pt"):
         if (path := folder / f"{arch}{suffix}").is_file():
             return path
+    lacks = f"holds no {arch}.safetensors and no {arch}.pth" if folder.is_dir() else "is not a folder"
     raise UserError(
-        f"weights: {shown_path(folder)} holds no {arch}.safetensors and no {arch}.pth; "
-        f"save the state dict of torchvision's {arch} there under one of these names"
+        f"weights: {shown_path(folder)} {lacks}; use 'imagenet', 'generated', 'none', or a folder with the state dicts "
+        "of torchvision's resnet50 and resnet18 as resnet50.safetensors and resnet18.safetensors (or .pth)"
     )
 
 
@@ -393,12 +379,10 @@ def pick_precision(precision: str, device: str) -> str:
 
     if precision != "auto":
         return precision
-    fast = False
     if device == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu":
-        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.12 and later
-        fast = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.12 and later
+    fast = device == "cpu" and (capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False))
     return "bfloat16" if fast else "float32"
 
 
