@@ -30,19 +30,26 @@ from kdutils.lab.sweeps import read_sweep
 from kdutils.losses import cross_entropy
 from kdutils.models import load_backbone
 from kdutils.report import batch as pipeline
-from kdutils.report import latex as report
+from kdutils.report.latex import export_notebooks
+from kdutils.report.readme import update_readme
+from kdutils.report.show import show_table
 from kdutils.results.tables import record
 from kdutils.settings import ROOT, UserError, load_settings, notebook_settings
 from kdutils.students import Method, train_students
 from kdutils.teachers import check_space
 
 
+def command(name, *arguments):
+    """A command with the tiny profile."""
+    return lambda w: w.command(name, "--profile", w.profile(), *arguments)
+
+
 def run(*parameters):
-    """The command line with these parameters of the tiny profile."""
+    """The command `run` with these parameters of the tiny profile; it makes nothing at all."""
 
     def call(w):
         try:
-            w.command("run", "--profile", w.profile(), *parameters)
+            command("run", *parameters)(w)
         finally:
             assert not (w.tmp / "runs").exists()
 
@@ -101,13 +108,13 @@ def png(width, height):
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def weights(write, name="resnet18.pth"):
-    """A ResNet-18 out of a file that `write` has written (or with that content)."""
+def weights(content, name="resnet18.pth"):
+    """A ResNet-18 out of a file with that content (bytes, or what torch saves)."""
 
     def call(w):
         path = w.tmp / "weights" / name
         path.parent.mkdir()
-        path.write_bytes(write) if isinstance(write, bytes) else write(path)
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         load_backbone("resnet18", str(path.parent))
 
     return call
@@ -158,7 +165,7 @@ def notebook(w, *cells, name="a.ipynb"):
 def failed(w):
     output = nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="by 0", traceback=[])
     cell = nbformat.v4.new_code_cell("1 / 0", execution_count=1, outputs=[output])
-    report.export_notebooks([notebook(w, cell)], w.tmp / "out")
+    export_notebooks([notebook(w, cell)], w.tmp / "out")
 
 
 def lost_kernel(w):
@@ -221,7 +228,6 @@ def eleventh(part):
 
 
 HEADER = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-OUTSIDE = struct.pack("<Q", len(HEADER)) + HEADER
 
 
 @pytest.fixture
@@ -239,96 +245,129 @@ def w(tmp_path, tiny_profile, tiny, capsys, monkeypatch):
     return SimpleNamespace(tmp=tmp_path, profile=tiny_profile, settings=tiny, command=command, patch=monkeypatch)
 
 
+ABOVE_0, FRACTION, COUNT = "a finite number above 0", "a number from 0 to 1", "a whole number, 1 or more"
+SEEDS = "a list of one or more different whole numbers, such as [0, 1, 2]"
+NAMES = "a list of different names, or [] for none"
+
+# what it is: a setting, a value that it cannot have, and the rule
+VALUES = {
+    "a temperature of 0": ("temperature", "0", ABOVE_0),
+    "a negative temperature": ("temperature", "-1", ABOVE_0),
+    "no number": ("temperature", "nan", ABOVE_0),
+    "a word for a number": ("temperature", "hot", ABOVE_0),
+    "alpha above 1": ("alpha", "1.5", FRACTION),
+    "alpha below 0": ("alpha", "-0.1", FRACTION),
+    "no seeds": ("seeds", "[]", SEEDS),
+    "a seed twice": ("seeds", "[0, 0]", SEEDS),
+    "seeds that are none": ("seeds", "abc", SEEDS),
+    "a list in a list of groups": ("study", '[["controls"]]', NAMES),
+    "half an epoch": ("epochs", "2.5", COUNT),
+    "an empty value": ("epochs", "", COUNT),
+    "a call in place of a number": ("epochs", "__import__('os').abort()", COUNT),
+    "unknown data": ("data", "mnist", "'cifar10', 'shapes10' or 'folder:PATH'"),
+    "an unknown device": ("device", "abacus", "one of 'auto', 'cpu', 'cuda', 'mps'"),
+}
+
+# what it is: a profile's text, and why it is no YAML
+NO_YAML = {
+    "a name twice in a profile": ("epochs: 3\nepochs: 4\n", "'epochs' is given twice in line 2, column 1: epochs: 4 ^"),
+    "no YAML": ("epochs: [3\n", "..."),
+    "no text": (b"epochs: \xff\n", "..."),
+    "a list for a name": ("? [1, 2]\n: 3\n", "..."),
+    "an object of Python in a profile": ("epochs: !!python/object/apply:os.abort []\n", "..."),
+    "a thirteenth month": ("epochs: 2020-13-01\n", "month must be in 1..12"),
+    "brackets without end": ("seeds: " + "[" * 800, "it is nested too deeply"),
+}
+
+UNKNOWN, TOO_LARGE = "its content is of no kind that is known here", "it has far too many pixels"
+FLOATS = "its pixels are numbers with a fraction, of no known range: save it with 8 bits a channel"
+# what it is: the content of an image file (or what makes it), and why it cannot be read
+IMAGES = {
+    "an empty file": (b"", UNKNOWN),
+    "text called an image": (b"no image at all", UNKNOWN),
+    "half an image": (png(32, 32)[:40], UNKNOWN),
+    "an image of 10,000 megapixels": (png(100_000, 100_000), TOO_LARGE),
+    "an image of fractions": (lambda path: Image.fromarray(np.ones((32, 32), np.float32)).save(path, "TIFF"), FLOATS),
+}
+
+DAMAGED = "cannot be read (...); use an undamaged file"
+MORE, NO_STATE = "holds more than tensors; save model.state_dict()", "is not a state dict; save model.state_dict()"
+# what it is: the name of a file of weights, its content, and what is wrong with it
+WEIGHTS = {
+    "a header of a terabyte": ("resnet18.safetensors", struct.pack("<Q", 2**40) + b"{}", DAMAGED),
+    "a header of nonsense": ("resnet18.safetensors", struct.pack("<Q", 9) + b"{" * 9, DAMAGED),
+    "a header that points outside": ("resnet18.safetensors", struct.pack("<Q", len(HEADER)) + HEADER, DAMAGED),
+    "no weights in a file": ("resnet18.pth", b"", "cannot be read (it ends too early); use an undamaged file"),
+    "code in place of weights": ("resnet18.pth", pickle.dumps(Evil(), 2), MORE),
+    "code among the weights": ("resnet18.pth", {"conv1.weight": Evil()}, MORE),
+    "a whole checkpoint": ("resnet18.pth", {"epoch": 3}, NO_STATE),
+    "numbers for names": ("resnet18.pth", {1: torch.zeros(1)}, NO_STATE),
+}
+FOLDER = (
+    "use 'imagenet', 'generated', 'none', or a folder with the state dicts of torchvision's resnet50 and resnet18 as "
+    "resnet50.safetensors and resnet18.safetensors (or .pth)"
+)
+
+NO_MEMORY = {
+    "no memory": MemoryError(),
+    "no memory, by torch": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 GB"),
+    "no memory on the GPU": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+}
+
 # what it is: the call, and its message; TMP is the test's folder, ... stands for words of other programs and long lists
 BAD = {
+    **{what: (run("-p", name, value), f"{name}: {value!r} is not valid; use {rule}")
+       for what, (name, value, rule) in VALUES.items()},
+    **{what: (profile(text), f"profile: TMP/mine.yaml is not valid YAML ({why}); correct that line")
+       for what, (text, why) in NO_YAML.items()},
+    **{what: (image(fill), f"data: TMP/mine/train/class3/1.png cannot be read as an image ({why}); mend or remove it")
+       for what, (fill, why) in IMAGES.items()},
+    **{what: (weights(content, name), f"weights: TMP/weights/{name} {why}")
+       for what, (name, content, why) in WEIGHTS.items()},
+    **{what: (no_memory(error), "scratch, seed 0: memory ran out; lower batch_size; ...") for what, error in NO_MEMORY.items()},
     "an unknown parameter": (run("-p", "temprature", "3"),
         "parameter: there is no setting 'temprature'; did you mean 'temperature'?"),
     "a name like none": (run("-p", "zzzzzz", "3"),
         "parameter: there is no setting 'zzzzzz'; the settings are: profile, data, ..."),
-    "a temperature of 0": (run("-p", "temperature", "0"),
-        "temperature: '0' will not do; it must be a finite number above 0"),
-    "a negative temperature": (run("-p", "temperature", "-1"),
-        "temperature: '-1' will not do; it must be a finite number above 0"),
-    "no number": (run("-p", "temperature", "nan"),
-        "temperature: 'nan' will not do; it must be a finite number above 0"),
-    "a word for a number": (run("-p", "temperature", "hot"),
-        "temperature: 'hot' will not do; it must be a finite number above 0"),
-    "alpha above 1": (run("-p", "alpha", "1.5"), "alpha: '1.5' will not do; it must be a number from 0 to 1"),
-    "alpha below 0": (run("-p", "alpha", "-0.1"), "alpha: '-0.1' will not do; it must be a number from 0 to 1"),
-    "no seeds": (run("-p", "seeds", "[]"),
-        "seeds: '[]' will not do; it must be a list of one or more different whole numbers, such as [0, 1, 2]"),
-    "a seed twice": (run("-p", "seeds", "[0, 0]"),
-        "seeds: '[0, 0]' will not do; it must be a list of one or more different whole numbers, such as [0, 1, 2]"),
-    "seeds that are none": (run("-p", "seeds", "abc"),
-        "seeds: 'abc' will not do; it must be a list of one or more different whole numbers, such as [0, 1, 2]"),
-    "a group of the study that is none": (run("-p", "study", '["contrls"]'),
-        "study: '[\"contrls\"]' will not do; it must be a list of different names among freeze, controls, memory, self, losses, "
-        "earlier, budget, unlabelled, or [] for none"),
-    "a list in a list of groups": (run("-p", "study", '[["controls"]]'),
-        "study: '[[\"controls\"]]' will not do; it must be a list of different names among freeze, controls, memory, self, losses, "
-        "earlier, budget, unlabelled, or [] for none"),
-    "a study of no groups": (lambda w: w.command("study", "--profile", w.profile()),
-        "study: no group is named; give -p study '[\"controls\"]', of freeze, controls, memory, self, losses, earlier, budget, "
-        "unlabelled"),
-    "half an epoch": (run("-p", "epochs", "2.5"), "epochs: '2.5' will not do; it must be a whole number, at least 1"),
-    "an empty value": (run("-p", "epochs", ""), "epochs: '' will not do; it must be a whole number, at least 1"),
-    "a call in place of a number": (run("-p", "epochs", "__import__('os').abort()"),
-        "epochs: \"__import__('os').abort()\" will not do; it must be a whole number, at least 1"),
-    "a number of 5000 digits": (run("-p", "epochs", "9" * 5000),
-        "epochs: '9...' will not do; it must be a whole number, at least 1"),
+    "a group of the study that is none": (run("-p", "study", '["contrls"]'), "study: ...'contrls'...controls...losses..."),
+    "a study of a group that is none": (command("study", "-p", "study", '["contrls"]'), "study: ...'contrls'...controls...losses..."),
+    "a study of no groups": (command("study"), "study: ...controls..."),
+    "a number of 5000 digits": (run("-p", "epochs", "9" * 5000), f"epochs: '9...' is not valid; use {COUNT}"),
     "a step that misses the image": (run("-p", "shift_step", "2"),
         "shift_step: 2 does not divide max_shift = 1; choose a step that does, so that the unshifted image is "
         "one of the views"),
     "a batch above all images": (run("-p", "batch_size", "41"),
-        "batch_size: no batch of 41 fits into train_size = 40; lower batch_size and teacher_batch_size"),
+        "batch_size: 41 is more than train_size = 40; choose a smaller one"),
     "more images than there are": (run("-p", "train_size", "100000"),
         "data: shapes10 has 12000 images for train, 100010 were asked for; lower train_size or val_size"),
     "more test images than there are": (run("-p", "test_size", "100000"),
         "data: shapes10 has 10000 images for test, 100000 were asked for; lower test_size"),
-    "unknown data": (run("-p", "data", "mnist"),
-        "data: 'mnist' will not do; it must be 'cifar10', 'shapes10' or 'folder:PATH'"),
     "no folder of data": (run("-p", "data", "folder:no/such/place"),
         "data: there is no folder no/such/place/train; it must hold one folder of images a class"),
     "the original's name": (run("-p", "data_name", "CIFAR-10"),
         "data_name: 'CIFAR-10' names the original images (data = cifar10); give another, for example 'CIFAR-10, "
         "JPEG re-encoding'"),
-    "no folder of weights": (run("-p", "weights", "no/such/place"),
-        "weights: there is no folder no/such/place; give 'imagenet', 'generated', 'none', or a folder with "
-        "resnet50.safetensors and resnet18.safetensors (or .pth)"),
-    "an unknown device": (run("-p", "device", "abacus"),
-        "device: 'abacus' will not do; it must be one of 'auto', 'cpu', 'cuda', 'mps'"),
+    "no folder of weights": (command("run", "-p", "weights", "no/such/place"), f"weights: no/such/place is not a folder; {FOLDER}"),
     "a parameter twice": (run("-p", "epochs", "1", "-p", "epochs", "2"),
         "-p epochs: given twice ('1' and '2'); keep one"),
-    "the profile as a parameter": (run("-p", "profile", "demo"), "-p profile: name the profile with --profile"),
-    "a report's place without a report": (run("--out", "x"), "--out: says where the report goes; add --report"),
+    "the profile as a parameter": (run("-p", "profile", "demo"), "-p profile: the profile is not a parameter; use --profile"),
+    "a report's place without a report": (run("--out", "x"),
+        "--out: it names the folder of the report, but no report is made; add --report"),
     # profiles
     "an unknown profile": (lambda w: w.command("run", "--profile", "demmo"),
-        "profile: there is no 'demmo'; use one of cifar10, cifar10-standin, demo, or the path of a .yaml file"),
+        "profile: 'demmo' does not exist; use cifar10, cifar10-standin, demo, or the path of a .yaml file"),
     "a folder as profile": (lambda w: w.command("report", "--profile", "notebooks/profiles"),
-        "profile: there is no 'notebooks/profiles'; use one of cifar10, cifar10-standin, demo, or the path of a "
-        ".yaml file"),
-    "a name twice in a profile": (profile("epochs: 3\nepochs: 4\n"),
-        "profile: TMP/mine.yaml is not valid YAML ('epochs' stands twice in line 2, column 1: epochs: 4 ^); mend "
-        "that line"),
-    "no YAML": (profile("epochs: [3\n"), "profile: TMP/mine.yaml is not valid YAML (...); mend that line"),
-    "no text": (profile(b"epochs: \xff\n"), "profile: TMP/mine.yaml is not valid YAML (...); mend that line"),
-    "an empty profile": (profile(""), "profile: TMP/mine.yaml must hold lines of 'name: value'"),
-    "a list as profile": (profile("- epochs\n"), "profile: TMP/mine.yaml must hold lines of 'name: value'"),
-    "a list for a name": (profile("? [1, 2]\n: 3\n"), "profile: TMP/mine.yaml is not valid YAML (...); mend that line"),
+        "profile: 'notebooks/profiles' does not exist; use cifar10, cifar10-standin, demo, or the path of a .yaml file"),
+    "an empty profile": (profile(""), "profile: TMP/mine.yaml holds no settings; write lines of 'name: value'"),
+    "a list as profile": (profile("- epochs\n"), "profile: TMP/mine.yaml holds no settings; write lines of 'name: value'"),
     "a number for a name": (profile("1: 2\n"),
         "profile 'TMP/mine.yaml': there is no setting '1'; the settings are: profile, data, ..."),
     "an unknown setting in a profile": (profile("temprature: 3\n"),
         "profile 'TMP/mine.yaml': there is no setting 'temprature'; did you mean 'temperature'?"),
     "an incomplete profile": (lambda w: load_settings(w.profile(temperature=None)),
-        "profile 'TMP/tiny.yaml': 'temperature' is missing; add a line 'temperature: ...' (see demo.yaml)"),
-    "an object of Python in a profile": (profile("epochs: !!python/object/apply:os.abort []\n"),
-        "profile: TMP/mine.yaml is not valid YAML (...); mend that line"),
-    "a thirteenth month": (profile("epochs: 2020-13-01\n"),
-        "profile: TMP/mine.yaml is not valid YAML (month must be in 1..12); mend that line"),
-    "brackets without end": (profile("seeds: " + "[" * 800),
-        "profile: TMP/mine.yaml is not valid YAML (it is nested too deeply); mend that line"),
+        "profile 'TMP/tiny.yaml': 'temperature' is missing; add a line 'temperature: ...' (see cifar10.yaml)"),
     "a profile that explodes": (lambda w: load_settings(w.profile(seeds=explosive())),
-        "seeds: ... will not do; it must be a list of one or more different whole numbers, such as [0, 1, 2]"),
+        "seeds: ... is not valid; use " + SEEDS),
     # folders and images
     "no test images": (folder(lambda root: (root / "test").rename(root / "tests")),
         "data: there is no folder TMP/mine/test; it must hold one folder of images a class"),
@@ -336,57 +375,21 @@ BAD = {
         "data: TMP/mine/train holds no class folders; it must hold one folder of images a class"),
     "other classes for testing": (folder(lambda root: (root / "test" / "class3").rename(root / "test" / "cat")),
         "data: train and test of TMP/mine must hold the same class folders; only one has cat, class3"),
-    "eleven classes": (folder(lambda root: [eleventh(root / part) for part in ("train", "test")]),
-        "data: TMP/mine/train holds 11 class folders; it must be 10"),
-    "nine classes": (folder(lambda root: [shutil.rmtree(root / part / "class9") for part in ("train", "test")]),
-        "data: TMP/mine/train holds 9 class folders; it must be 10"),
+    **{f"{count} classes": (folder(lambda root, change=change: [change(root / part) for part in ("train", "test")]),
+        f"data: TMP/mine/train holds {count} class folders; it must be 10")
+       for count, change in ((11, eleventh), (9, lambda part: shutil.rmtree(part / "class9")))},
     "an empty class folder": (folder(lambda root: [path.unlink() for path in (root / "test" / "class4").iterdir()]),
         "data: the class folder TMP/mine/test/class4 holds no images; add some or remove it"),
-    "an empty file": (image(b""),
-        "data: TMP/mine/train/class3/1.png cannot be read as an image (its content is of no kind that is known "
-        "here); mend or remove it"),
-    "text called an image": (image(b"no image at all"),
-        "data: TMP/mine/train/class3/1.png cannot be read as an image (its content is of no kind that is known "
-        "here); mend or remove it"),
-    "half an image": (image(png(32, 32)[:40]),
-        "data: TMP/mine/train/class3/1.png cannot be read as an image (its content is of no kind that is known "
-        "here); mend or remove it"),
-    "an image of 10,000 megapixels": (image(png(100_000, 100_000)),
-        "data: TMP/mine/train/class3/1.png cannot be read as an image (it has far too many pixels); mend or "
-        "remove it"),
-    "an image of fractions": (image(lambda path: Image.fromarray(np.ones((32, 32), np.float32)).save(path, "TIFF")),
-        "data: TMP/mine/train/class3/1.png cannot be read as an image (its pixels are numbers with a fraction, "
-        "of no known range: save it with 8 bits a channel); mend or remove it"),
     "a link to nowhere": (image(lambda path: path.symlink_to("nowhere.png")),
         "data: TMP/mine/train/class3/1.png cannot be read (No such file or directory); mend or remove it"),
-    "a folder called an image": (image(lambda path: path.mkdir()),
-        "data: TMP/mine/train/class3/1.png is called an image, but is no file; mend or remove it"),
-    "a pipe called an image": (image(lambda path: os.mkfifo(path)),
-        "data: TMP/mine/train/class3/1.png is called an image, but is no file; mend or remove it"),
+    **{f"a {what} called an image": (image(make),
+        "data: TMP/mine/train/class3/1.png is called an image, but is no file; mend or remove it")
+       for what, make in (("folder", lambda path: path.mkdir()), ("pipe", lambda path: os.mkfifo(path)))},
     # weights
-    "a header of a terabyte": (weights(struct.pack("<Q", 2**40) + b"{}", "resnet18.safetensors"),
-        "weights: TMP/weights/resnet18.safetensors cannot be read (...); use an undamaged file"),
-    "a header of nonsense": (weights(struct.pack("<Q", 9) + b"{" * 9, "resnet18.safetensors"),
-        "weights: TMP/weights/resnet18.safetensors cannot be read (...); use an undamaged file"),
-    "a header that points outside": (weights(OUTSIDE, "resnet18.safetensors"),
-        "weights: TMP/weights/resnet18.safetensors cannot be read (...); use an undamaged file"),
-    "code in place of weights": (weights(lambda path: path.write_bytes(pickle.dumps(Evil(), 2))),
-        "weights: TMP/weights/resnet18.pth holds more than tensors; save model.state_dict()"),
-    "code among the weights": (weights(lambda path: torch.save({"conv1.weight": Evil()}, path)),
-        "weights: TMP/weights/resnet18.pth holds more than tensors; save model.state_dict()"),
-    "a whole checkpoint": (weights(lambda path: torch.save({"epoch": 3}, path)),
-        "weights: TMP/weights/resnet18.pth is not a state dict; save model.state_dict()"),
-    "numbers for names": (weights(lambda path: torch.save({1: torch.zeros(1)}, path)),
-        "weights: TMP/weights/resnet18.pth is not a state dict; save model.state_dict()"),
-    "no weights in a file": (weights(b""),
-        "weights: TMP/weights/resnet18.pth cannot be read (it ends too early); use an undamaged file"),
-    "another network's weights": (weights(lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path)),
-        "weights: this is not the state dict of a torchvision resnet18 (size mismatch for conv1.weight: ...); "
-        "use one that is"),
-    "weights of an unknown name": (lambda w: (
-        (w.tmp / "weights").mkdir(), a_path(w.tmp / "weights" / "model.pth"), w.settings(weights=str(w.tmp / "weights"))),
-        "weights: TMP/weights holds no resnet50.safetensors and no resnet50.pth; put a torchvision resnet50 "
-        "state dict of that name there"),
+    "another network's weights": (weights({"conv1.weight": torch.zeros(1)}),
+        "weights: this is not the state dict of a torchvision resnet18 (size mismatch for conv1.weight: ...); use one that is"),
+    "weights of an unknown name": (weights(b"", "model.pth"),
+        f"weights: TMP/weights holds no resnet18.safetensors and no resnet18.pth; {FOLDER}"),
     # caches and disks
     "a cut cache": (cache(lambda path: path.write_bytes(b"\x10")),
         "weights: TMP/kept/resnet18-logits.safetensors cannot be read (...); get it again"),
@@ -397,44 +400,31 @@ BAD = {
     "a file in place of the run folder": (lambda w: load_data(w.settings(runs_dir=str(a_path(w.tmp / "file")))),
         "runs_dir: cannot write to TMP/file (...); free space, or choose another"),
     "a full disk": (full_disk(lambda w: record(w.settings(), "01", [], {"text": "x" * 5000}, [], {})),
-        "runs_dir: cannot write TMP/runs/tiny/found/01.json (...); free space, or choose another; what was "
-        "finished is kept, and the same command goes on from there"),
+        "runs_dir: cannot write TMP/runs/tiny/found/01.json (...); free space...choose another...kept..."),
     "a full disk, for tensors": (full_disk(lambda w: write_cached(
         w.tmp / "x.safetensors", {}, Cached({"a": torch.zeros(9000)}, {}, "", 0.0))),
-        "runs_dir: cannot write TMP/x.safetensors (...); free space, or choose another; what was finished is "
-        "kept, and the same command goes on from there"),
+        "runs_dir: cannot write TMP/x.safetensors (...); free space...choose another...kept..."),
     "no room for the features": (no_room,
         "runs_dir: the features of resnet50 and resnet18 will take 0.39 GB, but TMP/runs/tiny has 0.30 GB left; "
         "free space, choose another, or lower teacher_size or max_shift"),
-    "no memory": (no_memory(MemoryError()),
-        "scratch, seed 0: memory ran out; lower batch_size; what was finished is kept, and the same command goes "
-        "on from there"),
-    "no memory, by torch": (no_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 GB")),
-        "scratch, seed 0: memory ran out; lower batch_size; what was finished is kept, and the same command goes "
-        "on from there"),
-    "no memory on the GPU": (no_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")),
-        "scratch, seed 0: memory ran out; lower batch_size; what was finished is kept, and the same command goes "
-        "on from there"),
     # papermill calls
     "a typing mistake in a notebook": (lambda w: notebook_settings(
         {"In": ["# Parameters\ntemprature = 3"], "profile": w.profile(), "temprature": 3}),
         "parameter: there is no setting 'temprature'; did you mean 'temperature'?"),
     "an impossible value in a notebook": (lambda w: notebook_settings(
         {"In": ["# Parameters\nalpha = 3"], "profile": w.profile(), "alpha": 3}),
-        "alpha: 3 will not do; it must be a number from 0 to 1"),
+        "alpha: 3 is not valid; use a number from 0 to 1"),
     "a parameter that is a program": (lambda w: pipeline.run(w.profile(), {"x = 1\nimport os\nos.abort()\ny": 3}),
         "parameter: there is no setting 'x = 1\\nimport os\\nos.abort()\\ny'; the settings are: profile, data, ..."),
     "a profile that is a program": (lambda w: pipeline.run('demo"\nimport os\nos.abort()\n"', {}),
-        "profile: there is no 'demo\"\\nimport os\\nos.abort()\\n\"'; use one of cifar10, cifar10-standin, demo, or "
-        "the path of a .yaml file"),
+        "profile: 'demo\"\\nimport os\\nos.abort()\\n\"' does not exist; use cifar10, cifar10-standin, demo, or the path of ..."),
     "a kernel that dies": (lost_kernel,
         "01_small_cnn lost its Python kernel (Kernel died); if memory ran out, lower teacher_size, teacher_views "
         "or feature_memory_gb (what had run: TMP/runs/tiny/notebooks/01_small_cnn.ipynb)"),
     # reports
-    "a report without a run": (lambda w: w.command("report", "--profile", w.profile()),
-        "results: there is no TMP/runs/tiny/results.csv; run the notebooks first (python -m kdutils run, with the same profile)"),
-    "results without a run": (lambda w: w.command("results", "--profile", w.profile()),
-        "results: there is no TMP/runs/tiny/results.csv; run the notebooks first (python -m kdutils run, with the same profile)"),
+    **{f"{name} without a run": (command(name),
+        "results: there is no TMP/runs/tiny/results.csv; run the notebooks first (python -m kdutils run, with the same profile)")
+       for name in ("report", "results")},
     "a PDF of nothing": (lambda w: w.command("report", "--pdf-only", "--out", str(w.tmp)),
         "report: TMP/generated holds nothing to typeset; run `make report` first"),
     "a report of other settings": (lambda w: (found(w), w.command("report", "--profile", w.profile(), "-p", "alpha", "0.25")),
@@ -452,18 +442,18 @@ BAD = {
         "TMP/runs/tiny/notebooks/04_two_teachers.ipynb not there; run the notebooks first (python -m kdutils run, with the same profile)"),
     "a notebook that failed": (failed,
         "notebook: TMP/a.ipynb, cell 1 failed (ZeroDivisionError: by 0); mend it and run it again"),
-    "a notebook that was not run": (lambda w: report.export_notebooks(
+    "a notebook that was not run": (lambda w: export_notebooks(
         [notebook(w, nbformat.v4.new_code_cell("later()"))], w.tmp / "out"),
         "notebook: TMP/a.ipynb, cell 1 has not been run; run the notebook to its end first"),
-    "a figure's name with a space": (lambda w: report.show_table(None, "my table", "caption"),
+    "a figure's name with a space": (lambda w: show_table(None, "my table", "caption"),
         "name: 'my table' cannot name a figure or table; a name is made of a-z, 0-9 and -, such as curves-scratch"),
-    "a README without marks": (lambda w: report.update_readme(a_path(w.tmp / "README.md"), {}),
+    "a README without marks": (lambda w: update_readme(a_path(w.tmp / "README.md"), {}),
         "README: TMP/README.md needs one line <!-- results:begin --> and, after it, one line <!-- results:end -->"),
     # the other commands
     "no images to pre-train on": (lambda w: w.command("pretrain", "no/such/place", "--arch", "resnet18", "--epochs", "1"),
         "data: there is no folder no/such/place/train; it must hold one folder of images a class"),
     "no epochs to pre-train": (lambda w: w.command("pretrain", "x", "--arch", "resnet18", "--epochs", "0"),
-        "--epochs: '0' will not do; it must be a whole number, at least 1"),
+        "--epochs: '0' is not valid; use " + COUNT),
     "no weights to begin with": (lambda w: w.command(
         "pretrain", "x", "--arch", "resnet18", "--epochs", "1", "--init", "no/such.pth"),
         "--init: there is no file no/such.pth; give a ResNet's .safetensors or .pth"),
@@ -526,7 +516,7 @@ def test_what_papermill_is_given_arrives_as_data(value):
 
 def test_nothing_is_handed_to_a_shell_or_run_as_code():
     """Nor read as a pickle: there is no call in the package that could."""
-    for path in (ROOT / "kdutils").glob("*.py"):
+    for path in (ROOT / "kdutils").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called, named = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}

@@ -21,7 +21,7 @@ from kdutils.parallel import run_jobs
 from kdutils.progress import progress_lines
 from kdutils.results.metrics import accuracy
 from kdutils.results.tables import WORDS, student_rows
-from kdutils.settings import STUDY_GROUPS, Settings, UserError, apply_threads, load_settings
+from kdutils.settings import Settings, UserError, apply_threads, load_settings
 from kdutils.students import LOSSES, Method, StudentRun, as_teacher, named_method, train_students
 from kdutils.teachers import Teacher, fine_tune, out_of_fold, shuffled_within_classes, teach
 
@@ -343,6 +343,13 @@ def name_of(teacher: Teacher) -> str:
     return WORDS[teacher.arch]
 
 
+def check_groups(groups: Sequence[str]) -> None:
+    """Raise `UserError` for a group that the study does not have, naming those it has."""
+    unknown = [group for group in groups if group not in GROUPS]
+    if unknown:
+        raise UserError(f"study: there is no group {unknown[0]!r:.80}; use {', '.join(GROUPS)}, or [] for none")
+
+
 def entries_of(groups: Sequence[str]) -> list[str]:
     """The names of all arms of some groups, in the study's order."""
     return [name for group, names in GROUPS.items() if group in groups for name in names]
@@ -364,7 +371,7 @@ def run_study(profile: str, parameters: Mapping[str, Any], workers: int = 1, sch
     study = _study(profile, as_json)
     groups = study.settings.study
     if not groups:
-        raise UserError(f"study: no group is named; give -p study '[\"controls\"]', of {', '.join(STUDY_GROUPS)}")
+        raise UserError(f"study: no group is named; give -p study '[\"controls\"]', of {', '.join(GROUPS)}")
     # what several jobs need is made here once
     _ = study.teachers
     if "freeze" in groups:
