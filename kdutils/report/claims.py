@@ -63,7 +63,7 @@ CLAIMS = {
         Claim("standardized", "kd_standardized/*", "kd_tuned/*", "standardising {a}'s logits", "tuned distillation"),
     ),
     "epochs": (
-        Claim("longer-kd", "kd/*@long", "scratch@long", "distillation from {a} for {long}", "as long from scratch"),
+        Claim("longer-kd", "kd/*@long", "scratch@long", "distillation from {a} for {long}", "as many from scratch"),
         Claim("longer-better", "kd/better@long", "scratch", "distillation from {a} for {long}",
               "{epochs} from scratch"),
     ),
