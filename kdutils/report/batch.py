@@ -208,7 +208,7 @@ def renew_readme(readme: Path, generated: Path, notebooks: Sequence[Path]) -> No
     notebooks hold."""
     results, provenance = read_results(generated), _read_provenance(generated)
     of_tasks = of_the_tasks(results, provenance["settings"]["epochs"])
-    tables = {"": results_table(of_tasks), "All methods, the study's among them": results_table(results)}
+    tables = {"": results_table(of_tasks), "All arms, the study's among them": results_table(results)}
     update_readme(readme, tables, readme_note(provenance))
     update_pictures(readme, notebooks)
 

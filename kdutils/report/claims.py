@@ -222,7 +222,7 @@ class _Rows:
             columns = rows[rows.split == "test"][["arm", "teachers", "seed", "value"]]
             for arm, teachers, seed, value in columns.itertuples(index=False):
                 if seed in (of_method := self.accuracies.setdefault((which, arm, teachers), {})):
-                    raise UserError(f"results.csv: it has two rows of {arm} {teachers}, seed {seed}; keep one")
+                    raise UserError(f"results.csv: {arm}/{teachers}, seed {seed}, has two test accuracies; keep one row")
                 of_method[seed] = 100 * value
         self.roles = self._roles(with_teachers(at_budget(results, "", epochs), settings))
 
@@ -259,11 +259,11 @@ class _Rows:
         for method in (a, b):
             if not self.has(method):
                 name = "/".join(filter(None, self.key(method)[1:]))
-                raise UserError(f"results.csv: it has no test accuracy of {name}; run the notebook that trains it")
+                raise UserError(f"results.csv: there is no test accuracy of {name}; run the notebook that trains it")
         of_a, of_b = self.accuracies[self.key(a)], self.accuracies[self.key(b)]
         seeds = [seed for seed in of_a if seed in of_b]
         if not seeds or any(math.isnan(of_a[seed] - of_b[seed]) for seed in seeds):
-            raise UserError(f"results.csv: {a} and {b} need a seed in common and numbers; run their notebooks again")
+            raise UserError(f"results.csv: {a} and {b} need numbers of the same seeds; run their notebooks again")
         return [of_a[seed] for seed in seeds], [of_b[seed] for seed in seeds]
 
     def difference(self, a: str, b: str) -> Difference:
