@@ -200,7 +200,7 @@ def _check_same_run(
         )
     missing = [shown_path(path) for path in notebooks if not path.is_file()]
     if missing:
-        raise UserError(f"report: {', '.join(missing)} is missing; {again}")
+        raise UserError(f"report: {', '.join(missing)} missing; {again}")
 
 
 def renew_readme(readme: Path, generated: Path, notebooks: Sequence[Path]) -> None:

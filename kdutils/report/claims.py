@@ -19,7 +19,6 @@ from kdutils.results.metrics import Difference
 from kdutils.results.tables import LONG, at_budget, bootstrap_text, column, signed, teacher_words, with_teachers
 from kdutils.settings import Settings, UserError
 from kdutils.students import StudentRun
-from kdutils.teachers import Teacher
 
 CORE = "core"  # the group of claims about the methods of the four notebooks
 STUDY = ("controls", "losses", "epochs")  # the groups of the report's section on controls
@@ -153,16 +152,12 @@ def _sentence(
     return f"{text} ({', '.join(numbers)}).", f"{text}."
 
 
-def primary_table(
-    arms: Iterable[Sequence[StudentRun]], dataset: Dataset, settings: Settings, teachers: Sequence[Teacher]
-) -> pd.DataFrame:
-    """The primary comparisons, a line each: difference of test accuracy in points; its 95 % intervals over seeds, over
-    the teachers' runs (`metrics.clustered_difference`: students of one run count as one) and over test images; the
-    p-value of the paired t-test over seeds, as it is and after Holm's correction.
+def primary_table(arms: Iterable[Sequence[StudentRun]], dataset: Dataset, settings: Settings) -> pd.DataFrame:
+    """The primary comparisons, a line each: difference of test accuracy in points; its 95 % intervals over seeds and
+    over test images; the p-value of the paired t-test over seeds, as it is and after Holm's correction.
 
     arms: the trained students, all seeds of each, the core's at least. Raises `UserError` for one that is missing.
     """
-    runs_of_teachers = min(len(teacher.runs) for teacher in teachers)
     trained = {(runs[0].arm, "+".join(runs[0].teachers)): runs for runs in arms}
     rows = _Rows(pd.DataFrame([
         {"task": "4", "arm": arm, "teachers": names, "epochs": settings.epochs, "seed": run.seed, "split": part,
@@ -172,14 +167,12 @@ def primary_table(
     ]), settings.identity())  # fmt: skip
     lines, p_values = [], _holm(rows)
     for words, a, b in rows.primary:
-        found, (of_a, of_b) = rows.difference(a, b), rows.pairs(a, b)
-        runs = [trained[rows.key(side)[1:]] for side in (a, b)]
-        by_run = metrics.clustered_difference(of_a, of_b, [run.seed % runs_of_teachers for run in runs[0]])
+        found = rows.difference(a, b)
+        runs_a, runs_b = (trained[rows.key(side)[1:]] for side in (a, b))
         words = words.format(a=rows.taught_by(a), b=rows.taught_by(b))
         lines.append({
             "Comparison": words[:1].upper() + words[1:], "Difference": signed(found.mean),
-            "Over seeds": _interval(found), "Over teacher runs": _interval(by_run),
-            "Over images": bootstrap_text(runs[0], runs[1], dataset), "n": found.n,
+            "Over seeds": _interval(found), "Over images": bootstrap_text(runs_a, runs_b, dataset), "n": found.n,
             "p": _probability(_p_value(rows, a, b)), "p (Holm)": _probability(p_values[rows.key(a), rows.key(b)]),
         })  # fmt: skip
     return pd.DataFrame(lines)
@@ -222,7 +215,9 @@ class _Rows:
             columns = rows[rows.split == "test"][["arm", "teachers", "seed", "value"]]
             for arm, teachers, seed, value in columns.itertuples(index=False):
                 if seed in (of_method := self.accuracies.setdefault((which, arm, teachers), {})):
-                    raise UserError(f"results.csv: {arm}/{teachers}, seed {seed}, has two test accuracies; keep one row")
+                    raise UserError(
+                        f"results.csv: {arm}/{teachers}, seed {seed}, has two test accuracies; keep one row"
+                    )
                 of_method[seed] = 100 * value
         self.roles = self._roles(with_teachers(at_budget(results, "", epochs), settings))
 

@@ -91,10 +91,10 @@ def _check_finished(cell: nbformat.NotebookNode, place: str) -> None:
     for output in cell.outputs:
         if output.output_type == "error":
             error = " ".join(f"{output.ename}: {output.evalue}".split())
-            raise UserError(f"notebook: {place} failed ({error}); fix it and run the notebook again")
+            raise UserError(f"notebook: {place} failed ({error}); mend it and run it again")
     done = cell.execution_count is not None or cell.metadata.get("papermill", {}).get("status") == "completed"
     if cell.source.strip() and not done:
-        raise UserError(f"notebook: {place} has not been run; run the notebook to the end")
+        raise UserError(f"notebook: {place} has not been run; run the notebook to its end first")
 
 
 def _export(nb: nbformat.NotebookNode, template: str, resources: dict[str, Any]) -> str:
