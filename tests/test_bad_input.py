@@ -431,7 +431,7 @@ BAD = {
         "report: TMP/runs/tiny was last run with other settings; run it again with these, or report with: python "
         "-m kdutils report --profile TMP/tiny.yaml"),
     "results changed by hand": (lambda w: pipeline.export(found(w, results_csv=lambda text: text.replace("0.5", "0.9")), w.tmp),
-        "report: TMP/runs/tiny/results.csv is not as the last run wrote it (its checksum does not fit); run the "
+        "report: TMP/runs/tiny/results.csv changed after the last run (its checksum differs); run the "
         "notebooks again: python -m kdutils run --profile TMP/tiny.yaml"),
     "a cut provenance": (lambda w: pipeline.export(found(w, provenance_json=lambda text: text[:50]), w.tmp),
         "report: TMP/runs/tiny/provenance.json is missing or damaged; run the notebooks again (python -m kdutils "
@@ -439,7 +439,7 @@ BAD = {
     "notebooks that are gone": (lambda w: pipeline.export(found(w), w.tmp),
         "report: TMP/runs/tiny/notebooks/01_small_cnn.ipynb, "
         "TMP/runs/tiny/notebooks/02_fine_tuned_resnets.ipynb, TMP/runs/tiny/notebooks/03_one_teacher.ipynb, "
-        "TMP/runs/tiny/notebooks/04_two_teachers.ipynb not there; run the notebooks first (python -m kdutils run, with the same profile)"),
+        "TMP/runs/tiny/notebooks/04_two_teachers.ipynb missing; run the notebooks again: python -m kdutils run --profile TMP/tiny.yaml"),
     "a notebook that failed": (failed,
         "notebook: TMP/a.ipynb, cell 1 failed (ZeroDivisionError: by 0); mend it and run it again"),
     "a notebook that was not run": (lambda w: export_notebooks(

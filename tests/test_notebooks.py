@@ -1,7 +1,9 @@
 """The four notebooks as files: one parameters cell, no outputs, no functions, no numbers typed by hand."""
 
 import ast
+import builtins
 import dataclasses
+import importlib
 import re
 
 import nbformat
@@ -51,27 +53,15 @@ def test_there_is_one_notebook_a_task_and_one_of_the_study():
 
 
 @each
-def test_valid_nbformat_4_5(path):
+def test_valid_nbformat_4_5_for_plain_python3_with_readable_cell_ids(path):
     notebook = read(path)
-    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     nbformat.validate(notebook)
-
-
-@each
-def test_the_kernel_is_plain_python3(path):
-    metadata = read(path).metadata
-    assert metadata.kernelspec.name == "python3" and metadata.kernelspec.language == "python"
-    assert set(metadata) <= {"kernelspec", "language_info"}
-
-
-@each
-def test_cell_ids_are_unique_and_readable(path):
-    ids = [cell.id for cell in read(path).cells]
-    assert len(set(ids)) == len(ids)
-    for name in ids:
-        assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) and not re.fullmatch(
-            r"[0-9a-f]{8}(-[0-9a-f-]+)?", name
-        )
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata.kernelspec.name == "python3" and notebook.metadata.kernelspec.language == "python"
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) for name in ids)
+    assert not any(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f-]+)?", name) for name in ids)
 
 
 @each
@@ -109,54 +99,40 @@ def test_the_distillation_parameters_are_in_sight_where_they_are_used(path):
 
 
 @each
-def test_no_functions_are_defined(path):
+def test_no_functions_are_defined_and_no_other_cell_assigns_a_parameter(path):
+    """notebook_settings reads names from the notebook: run a second time, it would take such a name for a parameter."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
     for cell in code(path):
-        assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(cell.source))), cell.id
+        tree = ast.parse(cell.source)
+        assert not any(isinstance(node, kinds) for node in ast.walk(tree)), cell.id
+        assert cell.id == parameters(path).id or not names_bound(tree) & SETTINGS, cell.id
 
 
 @each
-def test_no_other_cell_assigns_a_parameter(path):
-    """notebook_settings reads names from the notebook: run a second time, it would take such a name for a parameter."""
-    for cell in code(path):
-        if cell.id != parameters(path).id:
-            assert not names_bound(ast.parse(cell.source)) & SETTINGS, cell.id
-
-
-@each
-def test_every_import_is_used(path):
+def test_every_import_is_used_and_names_from_kdutils_exist(path):
     trees = [ast.parse(cell.source) for cell in code(path)]
-    imported = {alias.asname or alias.name for tree in trees for node in ast.walk(tree)
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}  # fmt: skip
-    used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    assert imported - used == set()
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {alias.asname or alias.name for node in imports for alias in node.names}
+    assert imported <= {node.id for node in nodes if isinstance(node, ast.Name)}
+    for node in imports:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("kdutils"):
+            module = importlib.import_module(node.module)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @each
 def test_every_name_is_bound_before_it_is_used(path):
     """The notebook runs top to bottom: what a cell reads, that cell or one above it made."""
-    import builtins
-
     known = set(dir(builtins))
     for cell in code(path):
         tree = ast.parse(cell.source)
-        inner = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        read_here = {
-            node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-        }
-        assert read_here - known - inner - names_bound(tree) == set(), cell.id
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        stored, read_here = (
+            {name.id for name in names if isinstance(name.ctx, kind)} for kind in (ast.Store, ast.Load)
+        )
+        assert read_here - known - stored - names_bound(tree) == set(), cell.id
         known |= names_bound(tree)
-
-
-@each
-def test_the_names_imported_from_kdutils_exist(path):
-    import importlib
-
-    for cell in code(path):
-        for node in ast.walk(ast.parse(cell.source)):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("kdutils"):
-                module = importlib.import_module(node.module)
-                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @each

@@ -35,17 +35,13 @@ def addresses(root):
 
 @pytest.fixture
 def copy(tmp_path):
-    root = tmp_path / "copy"
-    shutil.copytree(ROOT / "notebooks", root / "notebooks")
-    shutil.copy(ROOT / "README.md", root)
-    return root
+    shutil.copytree(ROOT / "notebooks", tmp_path / "copy" / "notebooks")
+    shutil.copy(ROOT / "README.md", tmp_path / "copy")
+    return tmp_path / "copy"
 
 
-def test_badges_and_cells_agree():
-    assert len(addresses(ROOT)) == 1 and len(set(set_up_cells(ROOT))) == 1
-
-
-def test_stamping_changes_the_address_and_nothing_else(copy):
+def test_badges_and_cells_agree_and_stamping_changes_the_address_and_nothing_else(copy):
+    assert len(set(set_up_cells(copy))) == 1
     before = {path: path.read_text(encoding="utf-8") for path in stamped_files(copy)}
     ((repository, ref),) = addresses(copy)
     assert stamp("https://github.com/an-owner/a.repo.git", "feature/x-1", copy) == stamped_files(copy)
@@ -61,7 +57,7 @@ def test_stamping_changes_the_address_and_nothing_else(copy):
     ("https://gitlab.com/a/b", "main"), ("github.com/a/b", "main"), ("https://github.com/a", "main"),
     ('https://github.com/a/b"', "main"), ("https://github.com/a/b", ""), ("https://github.com/a/b", 'v1"'),
 ])  # fmt: skip
-def test_what_is_no_address_is_refused(copy, address, ref):
+def test_an_address_or_a_ref_that_is_not_valid_is_refused(copy, address, ref):
     before = addresses(copy)
     message_of(stamp, address, ref, copy)
     assert addresses(copy) == before
@@ -71,19 +67,15 @@ def test_what_is_no_address_is_refused(copy, address, ref):
 def colab(tmp_path, monkeypatch):
     """Runs the set-up cell as in Colab, with /content in a folder of its own and a pip that only succeeds."""
     mounted = []
-    drive = SimpleNamespace(
-        mount=lambda path: (mounted.append(path), (tmp_path / "drive" / "MyDrive").mkdir(parents=True))
-    )
+    mount = lambda path: (mounted.append(path), (tmp_path / "drive" / "MyDrive").mkdir(parents=True))  # noqa: E731
     monkeypatch.setitem(sys.modules, "google", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=drive))
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=SimpleNamespace(mount=mount)))
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
     monkeypatch.chdir(tmp_path)
 
-    def run(address, ref, **changes):
+    def run(address, ref, keep="False"):
         source = CELL.sub(rf"\g<q>{address}\g<q>, \g<q>{ref}\g<q>", set_up_cells(ROOT)[0])
-        source = source.replace("/content", str(tmp_path))
-        for old, new in changes.items():
-            source = source.replace(f"{old} = False", f"{old} = {new}")
+        source = source.replace("/content", str(tmp_path)).replace("KEEP_ON_DRIVE = False", f"KEEP_ON_DRIVE = {keep}")
         exec(source, {})
         return mounted
 
@@ -119,7 +111,9 @@ def test_before_it_is_stamped_the_cell_says_what_to_do(colab, tmp_path):
     assert not (tmp_path / "kd").exists()
 
 
-def test_in_colab_the_named_version_is_fetched_once(colab, repository, tmp_path):
+def test_in_colab_the_named_version_is_fetched_once_and_after_a_failure_again(colab, repository, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError):
+        colab(repository, "no-such-ref")
     colab(repository, "v1")
     assert os.getcwd() == str(tmp_path / "kd" / "notebooks")
     assert (tmp_path / "kd" / "requirements.txt").read_text() == "v1"
@@ -128,12 +122,6 @@ def test_in_colab_the_named_version_is_fetched_once(colab, repository, tmp_path)
 
 
 def test_runs_can_be_kept_on_drive(colab, repository, tmp_path):
-    assert len(colab(repository, "v2", KEEP_ON_DRIVE=True)) == 1
+    assert len(colab(repository, "v2", keep="True")) == 1
     (tmp_path / "kd" / "runs" / "kept").touch()
     assert (tmp_path / "drive" / "MyDrive" / "kd-runs" / "kept").exists()
-
-
-def test_a_fetch_that_failed_is_tried_again(colab, repository):
-    with pytest.raises(subprocess.CalledProcessError):
-        colab(repository, "no-such-ref")
-    colab(repository, "v2")

@@ -1,6 +1,6 @@
-"""From what notebooks show to a LaTeX report: figures, tables, the exporter, the prose's numbers, the PDF.
+"""From executed notebooks to a PDF: floats and code for LaTeX, the prose's numbers, typesetting.
 
-nbformat and nbconvert take seconds to import and only the exporter needs them, so it imports them itself.
+nbformat and nbconvert take seconds to import, so only the exporter imports them.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ TEX_COMMAND = "sudo apt-get install latexmk texlive-latex-extra lmodern"
 
 
 class LatexMissing(UserError):
-    """There is no LaTeX here to typeset the report with."""
+    """LaTeX is not installed."""
 
 
-SELECTION = ("pretraining-", "sweep-", "map-")  # names of floats about how settings were chosen
+SELECTION = ("pretraining-", "sweep-", "map-")  # begin the names of floats about how settings were chosen
 
 
 # --- the exporter ---
 
 
 def export_notebooks(notebooks: list[Path], out: Path) -> None:
-    """Turn executed notebooks into what report.tex reads, with the nbconvert template in `report/template`.
+    """Turn executed notebooks into what report.tex reads, by the nbconvert templates in `report/template`.
 
-    Writes `<stem>.tex` (one definition for each float), `<stem>-code.tex` (the code, for the appendix),
-    `figures/<name>.pdf` and `notebooks.tex` (the stems, and the floats about how teachers were chosen, which some runs
-    have) into `out`; removes what an earlier export
-    left there. Raises `UserError` for a notebook that failed or did not finish, and for a name used twice.
+    Writes into `out`: `<stem>.tex` (one definition for each float), `<stem>-code.tex` (the code, for the appendix),
+    `figures/<name>.pdf`, and `notebooks.tex` (the stems, and the floats about how settings were chosen). Removes the
+    files of an earlier export. Raises `UserError` for a notebook that failed or did not finish, and for a name used
+    twice.
     """
     import nbformat
 
@@ -123,23 +123,23 @@ def write_macros(values: Mapping[str, str], out: Path) -> None:
     r"""Write `macros.tex` into `out`: every key becomes readable in report.tex as `\val{key}`."""
     for key in values:
         if not re.fullmatch(r"[A-Za-z0-9_./+-]+", key):
-            raise UserError(f"macro: {key!r} cannot be a key; use letters, digits and _ . / + -")
+            raise UserError(f"macro: {key!r} is not a valid key; use letters, digits and _ . / + -")
     texts = {key: tex(value) for key, value in values.items()}
-    if "command" in texts:  # a shell takes straight quotes alone
+    if "command" in texts:  # a shell needs straight quotes
         texts["command"] = texts["command"].replace("'", r"\textquotesingle{}")
     lines = [rf"\expandafter\def\csname kd@val@{key}\endcsname{{{texts[key]}}}" for key in sorted(texts)]
     write_text(out / "macros.tex", "\n".join(lines) + "\n")
 
 
 def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
-    """What report.tex's prose is made of: key -> text, from the rows of results.csv and the provenance.
+    """The numbers of report.tex's prose: key -> text, from the rows of results.csv and the provenance.
 
-    - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}`, at the report's budget; `long/...` and `extra/...` at
-      the others (see `at_budget`); the teachers of tasks 3 and 4 also as `teacher/<arch>/...`
-    - `gap/<arch>`: test accuracy of a teacher minus that of the student from scratch, in points, of means
-    - `best/{words,pm}`: the student of the highest mean validation accuracy at the report's budget, its test accuracy
-    - `words/unlabelled`: how many images the arm with unlabelled images has beside the labelled ones
-    - `settings/...` and all else in the provenance, by its path; `words/...`: counts with their nouns
+    - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}` of the students with the report's epochs; `long/...` and
+      `extra/...` of the others (see `at_budget`); the teachers of tasks 3 and 4 also as `teacher/<arch>/...`
+    - `gap/<arch>`: mean test accuracy of a teacher minus that of the student from scratch, in points
+    - `best/{words,pm}`: the student with the highest mean validation accuracy, and its test accuracy
+    - `words/unlabelled`: how many unlabelled images there are beside the labelled ones
+    - `settings/...` and all else in the provenance by its path; `words/...`: counts with their nouns
     """
     settings = provenance.get("settings", {})
     values = _flat(provenance) | _setting_words(settings)
@@ -204,18 +204,18 @@ def _setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
-    """Typeset `report_dir`'s report.tex with what `generated` holds; the same input gives the same bytes.
+    """Typeset `report_dir`'s report.tex with the files of `generated`; the same input gives the same bytes.
 
-    What LaTeX needs from run to run stays in a folder beside the PDF: with nothing changed, latexmk has nothing to do.
-    Returns LaTeX's lines about boxes that stick out by more than 2 pt. Raises `UserError` when latexmk is
-    missing, when LaTeX stops (with its first error and where the log is), and for undefined references.
+    LaTeX's own files stay in a folder beside the PDF, so that latexmk does nothing where nothing changed. Returns
+    LaTeX's lines about boxes that stick out by more than 2 pt. Raises `UserError` when latexmk is missing, when LaTeX
+    stops (with its first error and the log's path), and for undefined references.
     """
     if shutil.which("latexmk") is None or shutil.which("pdflatex") is None:
         raise LatexMissing(f"no PDF, because latexmk is missing; on Debian or Ubuntu type: {TEX_COMMAND}")
     for needed in ("macros.tex", "notebooks.tex"):
         if not (generated / needed).is_file():
             raise UserError(f"report: there is no {shown_path(generated / needed)}; run the notebooks first")
-    build = pdf.with_suffix(".latex")  # ours alone: after an error it is removed, and when LaTeX was killed in it
+    build = pdf.with_suffix(".latex")  # removed after an error, and when LaTeX was killed in it
     if not (build / "finished").is_file():
         shutil.rmtree(build, ignore_errors=True)
     build.mkdir(parents=True, exist_ok=True)
@@ -227,17 +227,15 @@ def build_pdf(report_dir: Path, generated: Path, pdf: Path) -> list[str]:
     options = "-norc -pdf -halt-on-error -interaction=nonstopmode -latexoption=-no-shell-escape".split()
     fixed = {"FORCE_SOURCE_DATE": "1", "max_print_line": "1000"}
     environment = {"SOURCE_DATE_EPOCH": "0"} | dict(os.environ) | fixed
-    run = subprocess.run(
-        ["latexmk", *options, "report.tex"], cwd=build, env=environment,
-        capture_output=True, encoding="utf-8", errors="replace",
-    )  # fmt: skip
+    command = ["latexmk", *options, "report.tex"]
+    run = subprocess.run(command, cwd=build, env=environment, capture_output=True, encoding="utf-8", errors="replace")
     log_file = build / "report.log"
     log = log_file.read_text("utf-8", "replace") if log_file.is_file() else run.stdout + run.stderr
     wrong = _what_is_wrong(log, run)
     kept = pdf.with_suffix(".log")
     if wrong:
         write_text(kept, log)
-        shutil.rmtree(build)  # the next attempt starts afresh
+        shutil.rmtree(build)
         raise UserError(f"report: {wrong}; the log is {shown_path(kept)}")
     write_atomically(pdf, lambda part: shutil.copy(build / "report.pdf", part))
     (build / "finished").touch()

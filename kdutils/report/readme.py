@@ -1,4 +1,4 @@
-"""The repository's address, as the Colab badges and set-up cells of the notebooks and README's badges give it."""
+"""README.md: the results' tables and pictures; the repository's address, which the notebooks have too."""
 
 from __future__ import annotations
 
@@ -25,24 +25,21 @@ def markdown_table(frame: pd.DataFrame) -> str:
 def update_readme(path: Path, tables: Mapping[str, pd.DataFrame], notes: str = "") -> None:
     """Put the tables, and `notes` under them, between `<!-- results:begin -->` and `<!-- results:end -->`.
 
-    A table with a title is folded under it, that of the empty title stands open.
+    Tables are given by title; one with a title is folded under it. Raises `UserError` where a mark is missing.
     """
     begin, end = "<!-- results:begin -->", "<!-- results:end -->"
     text = path.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(f"README: {shown_path(path)} needs one line {begin} and, after it, one line {end}")
-    shown = [
-        f"<details><summary>{title}</summary>\n\n{markdown_table(frame)}\n\n</details>"
-        if title
-        else markdown_table(frame)
-        for title, frame in tables.items()
-    ]
-    body = "\n\n".join(filter(None, [*shown, notes.strip()]))
+    folded = "<details><summary>{}</summary>\n\n{}\n\n</details>"
+    shown = {title: markdown_table(frame) for title, frame in tables.items()}
+    parts = [folded.format(title, table) if title else table for title, table in shown.items()]
+    body = "\n\n".join(filter(None, [*parts, notes.strip()]))
     write_text(path, f"{text[: text.index(begin)]}{begin}\n{body}\n{text[text.index(end) :]}")
 
 
 def update_pictures(readme: Path, notebooks: Sequence[Path]) -> None:
-    """Renew the pictures `docs/pictures/<name>.png` that a README shows and a notebook has as its figure `<name>`."""
+    """Renew each `docs/pictures/<name>.png` that the README shows from the figure `<name>` of an executed notebook."""
     import nbformat
 
     shown = set(re.findall(r"docs/pictures/([a-z0-9-]+)\.png", readme.read_text(encoding="utf-8")))
@@ -66,20 +63,20 @@ CELL = re.compile(rf'(?<=REPOSITORY, REF = )(?P<q>\\?")https://github\.com/{WHER
 
 
 def stamped_files(root: Path = ROOT) -> list[Path]:
-    """The files that hold the address."""
+    """The files that hold the repository's address."""
     return [root / "README.md", *sorted((root / "notebooks").glob("*.ipynb"))]
 
 
 def stamp(address: str, ref: str, root: Path = ROOT) -> list[Path]:
     """Write a GitHub repository's address and a ref (a tag, branch or commit) into badges and set-up cells.
 
-    Returns the files that changed. Raises `UserError` for what is no such address or ref.
+    Returns the files that changed. Raises `UserError` for an address or a ref that is not valid.
     """
     found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", address)
     if not found:
-        raise UserError(f"stamp: {address!r} is no address of a repository; it must look like {PLACEHOLDER}")
+        raise UserError(f"stamp: {address!r} is not the address of a repository; it looks like {PLACEHOLDER}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", ref):
-        raise UserError(f"--ref: {ref!r} will not do; it must be a tag, a branch or a commit, such as v1.0")
+        raise UserError(f"--ref: {ref!r} is not valid; use a tag, a branch or a commit, such as v1.0")
     changed = []
     for path in stamped_files(root):
         text = path.read_text(encoding="utf-8")

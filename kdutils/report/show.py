@@ -1,4 +1,4 @@
-"""Figures and tables as a notebook shows them: a picture or a page, a caption, and what the exporter needs."""
+"""Show figures and tables in a notebook, each with its caption and what the report needs of it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,9 @@ from matplotlib.figure import Figure
 from kdutils.results.tables import NUMBER, as_text, is_right
 from kdutils.settings import UserError
 
-RULE_OF_NAMES = "a name is made of a-z, 0-9 and -, such as curves-scratch"
-
-
-_SPECIAL = {character: f"\\{character}" for character in "{}$&%#_"} | {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}",
-}  # fmt: skip
+_NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+_NAMED |= {'"': "quotedbl", "`": "asciigrave"}
+_SPECIAL = {c: f"\\{c}" for c in "{}$&%#_"} | {c: rf"\text{name}{{}}" for c, name in _NAMED.items()}
 _GREEK_AND_MATH = r"""
 α \alpha β \beta γ \gamma δ \delta ε \epsilon ζ \zeta η \eta θ \theta ι \iota κ \kappa λ \lambda μ \mu ν \nu
 ξ \xi π \pi ρ \rho σ \sigma τ \tau υ \upsilon φ \phi χ \chi ψ \psi ω \omega Γ \Gamma Δ \Delta Θ \Theta
@@ -36,6 +32,7 @@ _MATH = dict(zip(_GREEK_AND_MATH[::2], _GREEK_AND_MATH[1::2], strict=True))
 
 
 def beyond_ascii(match: re.Match) -> str:
+    """The one character of a match, as LaTeX that prints it or, where pdfLaTeX has no glyph, names its code point."""
     character = match.group()
     if character in _MATH:
         return rf"\ensuremath{{{_MATH[character]}}}"
@@ -44,7 +41,7 @@ def beyond_ascii(match: re.Match) -> str:
     plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
     if plain.isalnum() or plain == " " or unicodedata.category(character)[0] in "MC":
         return plain
-    return f"[U+{ord(character):04X}]"  # pdfLaTeX has no glyph; its number is better than a stopped build
+    return f"[U+{ord(character):04X}]"
 
 
 def tex(text: Any) -> str:
@@ -60,26 +57,26 @@ def tex(text: Any) -> str:
 
 def _shown(kind: str, name: str, caption: str, note: str, bundle: dict[str, str]) -> None:
     caption = f"{caption} {note}".strip()
-    display(bundle | {"text/plain": caption}, raw=True, metadata={
-        "kdutils": {"kind": kind, "name": name, "caption": caption}})  # fmt: skip
+    about = {"kind": kind, "name": name, "caption": caption}
+    display(bundle | {"text/plain": caption}, raw=True, metadata={"kdutils": about})
 
 
 def _check_name(name: str) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9-]+", name):
-        raise UserError(f"name: {name!r} cannot name a figure or table; {RULE_OF_NAMES}")
+        raise UserError(f"name: {name!r} is not valid; use only a-z, 0-9 and -, such as curves-scratch")
 
 
 def show_figure(fig: Figure, name: str, caption: str, note: str = "") -> None:
-    """Show a figure with its caption, once, and close it; the exporter makes it the float `fig:<name>`.
+    """Show a figure with its caption and close it; in the report it is the float `fig:<name>`.
 
-    The output holds a PNG, the caption under it, and a vector PDF whose bytes depend on the figure alone.
-    `note` is appended to the caption. Raises `UserError` for a name that is not of a-z, 0-9 and -.
+    The output holds a PNG with the caption under it, and a vector PDF whose bytes depend on the figure alone.
+    `note` is appended to the caption. Raises `UserError` for a name with other characters than a-z, 0-9 and -.
     """
     _check_name(name)
     pdf, png = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42}):
         fig.savefig(pdf, format="pdf", bbox_inches="tight", pad_inches=0.02, metadata={"CreationDate": None})
-    fig.set_layout_engine("none")  # all stays where it is in the PDF, legends too: they would go to the picture's edge
+    fig.set_layout_engine("none")  # the PNG keeps the PDF's layout; legends would move to the picture's edge
     for legend in fig.legends:
         place = legend.get_bbox_to_anchor().transformed(fig.transFigure.inverted())
         legend.set_bbox_to_anchor(place, fig.transFigure)
@@ -88,17 +85,16 @@ def show_figure(fig: Figure, name: str, caption: str, note: str = "") -> None:
     fig.text(0.01, below - 0.02, lines, va="top", fontsize=9, color="0.25", parse_math=False)
     fig.savefig(png, format="png", dpi=110, bbox_inches="tight", facecolor="white")
     plt.close(fig)
-    _shown("figure", name, caption, note, {
-        "image/png": base64.b64encode(png.getvalue()).decode(),
-        "application/pdf": base64.b64encode(pdf.getvalue()).decode(),
-    })  # fmt: skip
+    made = {"image/png": png, "application/pdf": pdf}
+    bundle = {kind: base64.b64encode(file.getvalue()).decode() for kind, file in made.items()}
+    _shown("figure", name, caption, note, bundle)
 
 
 def show_table(frame: pd.DataFrame, name: str, caption: str, note: str = "") -> None:
-    """Show a table with its caption; the exporter makes it the float `tab:<name>` (see `show_figure`).
+    """Show a table with its caption; in the report it is the float `tab:<name>`.
 
-    Floats get three decimals, whole numbers groups of three digits, missing values a dash; an index other
-    than 0, 1, 2, ... becomes the first column.
+    Floats have three decimals, whole numbers a comma for thousands, missing values a dash; an index other than
+    0, 1, 2, ... becomes the first column. `note` and `name` are as in `show_figure`.
     """
     _check_name(name)
     texts = as_text(frame)
@@ -107,7 +103,7 @@ def show_table(frame: pd.DataFrame, name: str, caption: str, note: str = "") -> 
 
 
 def _html(texts: pd.DataFrame) -> str:
-    """The page of a table; JupyterLab puts every cell to the right that does not say where it goes."""
+    """The table for a notebook. Every cell names its side, because JupyterLab aligns all others to the right."""
     sides = ["right" if is_right(column) else "left" for _, column in texts.items()]
     lines: list[tuple[str, list[str]]] = [("th", list(texts.columns)), *(("td", row) for row in texts.values.tolist())]
     rows = [
@@ -132,13 +128,13 @@ def _tabular(texts: pd.DataFrame) -> str:
 
 
 def _on_the_point(numbers: list[re.Match]) -> list[str]:
-    """Numbers as LaTeX, padded so that in a column to the right the decimal points of means and of deviations align."""
+    """Numbers as LaTeX, padded so that decimal points align in a right-aligned column, those of deviations too."""
     parts = [{name: text or "" for name, text in number.groupdict().items()} for number in numbers]
     longest = {name: max((part[name] for part in parts), key=len) for name in (parts[0] if parts else ())}
     lines = []
     for part in parts:
-        pad = {name: rf"\phantom{{{tex(longest[name][len(text):])}}}" if len(text) < len(longest[name]) else ""
-               for name, text in part.items()}  # fmt: skip
+        missing = {name: longest[name][len(text) :] for name, text in part.items()}
+        pad = {name: rf"\phantom{{{tex(text)}}}" if text else "" for name, text in missing.items()}
         line = tex(part["whole"] + part["fraction"] + part["unit"]) + pad["fraction"] + pad["unit"]
         if part["sd_whole"]:
             line += f"~±~{pad['sd_whole']}{part['sd_whole']}{part['sd_fraction']}{pad['sd_fraction']}"
