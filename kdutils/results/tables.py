@@ -35,7 +35,7 @@ from kdutils.settings import ARCHITECTURES, Settings, UserError, counted
 from kdutils.students import StudentRun
 from kdutils.teachers import Teacher
 
-_read_provenance = read_provenance
+_read_provenance, FREEZE = read_provenance, "freeze_"  # until no caller has them
 
 LONG = "long"
 TASK_ARMS = ("scratch", "kd", "kd_mean_prob", "kd_mean_logit", "kd_confidence")  # the students of the four notebooks
