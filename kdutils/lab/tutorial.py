@@ -1,7 +1,7 @@
-"""The plain way of doing the same work, as the PyTorch tutorials do it: what `kdutils.bench` measures against.
+"""The same work as the PyTorch tutorials do it: what `kdutils.lab.bench` measures against.
 
-Imports nothing from kdutils. Images are decoded, augmented and normalised one by one in a DataLoader's workers, all
-networks compute in float32, optimizers are torch's as they come, and teachers run in every step.
+Imports nothing from kdutils. The workers of a DataLoader augment and normalise images one by one, all networks compute
+in float32, optimizers are torch's own, and teachers run in every step.
 """
 
 import os
@@ -39,7 +39,7 @@ class Student(nn.Module):
 
 
 class Images(Dataset):
-    """Arrays uint8 [N, H, W, 3] given out as PIL images through a transform, as torchvision's CIFAR10 does."""
+    """Arrays uint8 [N, H, W, 3] as PIL images through a transform, as torchvision's CIFAR10 gives them."""
 
     def __init__(self, data: np.ndarray, targets: Sequence[int], transform: Callable):
         self.data, self.targets, self.transform = data, list(targets), transform
@@ -52,7 +52,7 @@ class Images(Dataset):
 
 
 class RandomShift:
-    """RandomCrop with reflection padding, but for shifts by multiples of `step` alone."""
+    """RandomCrop with reflection padding, with shifts by multiples of `step` only."""
 
     def __init__(self, margin: int, step: int):
         self.pad = transforms.Pad(margin, padding_mode="reflect")
@@ -64,19 +64,25 @@ class RandomShift:
 
 
 def transform(max_shift: int = 0, shift_step: int = 1, augment: bool = True) -> transforms.Compose:
-    """PIL image to normalised tensor float32 [3, H, W]; flipped or not and shifted at random if `augment`."""
+    """PIL image to normalised tensor float32 [3, H, W]; with `augment`, a random flip and shift."""
     shift = [RandomShift(max_shift, shift_step)] if max_shift else []
     random_steps = [*shift, transforms.RandomHorizontalFlip()] if augment else []
     return transforms.Compose([*random_steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
 
 def loader(images: Images, batch_size: int, device: str) -> DataLoader:
-    """Shuffled batches from workers on all cores, which are started once; the last, incomplete batch is left out."""
+    """Shuffled batches from one worker on each core, which start once; leaves out the last, incomplete batch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return DataLoader(
-        images, batch_size, shuffle=True, drop_last=True, num_workers=cores, pin_memory=device == "cuda",
-        persistent_workers=True, multiprocessing_context="fork" if sys.platform == "linux" else None,
-    )  # fmt: skip
+        images,
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=cores,
+        pin_memory=device == "cuda",
+        persistent_workers=True,
+        multiprocessing_context="fork" if sys.platform == "linux" else None,
+    )
 
 
 def resnet(arch: str, state: dict[str, Tensor]) -> nn.Module:
@@ -87,7 +93,7 @@ def resnet(arch: str, state: dict[str, Tensor]) -> nn.Module:
 
 
 def freeze_for_fine_tuning(model: nn.Module, trainable: str) -> nn.Module:
-    """Leave only the last layer (`last_layer`), or layer4 and the last layer (`last_block`), to be trained."""
+    """Freeze all but the last layer (`last_layer`), or all but layer4 and the last layer (`last_block`)."""
     model.requires_grad_(False)
     model.fc.requires_grad_(True)
     if trainable == "last_block":
@@ -108,10 +114,20 @@ def cross_entropy_loss(
 
 
 def distillation_loss(
-    model: nn.Module, x: Tensor, y: Tensor, teachers: Sequence[nn.Module], temperature: float, alpha: float,
-    label_smoothing: float, size: int, mode: str,
-) -> Tensor:  # fmt: skip
-    """Hinton's loss with the mean of the teachers' softened probabilities; the teachers run on this very batch."""
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    teachers: Sequence[nn.Module],
+    temperature: float,
+    alpha: float,
+    label_smoothing: float,
+    size: int,
+    mode: str,
+) -> Tensor:
+    """Hinton's loss (2015, arXiv:1503.02531) with the mean of the teachers' softened probabilities.
+
+    The teachers run on this batch.
+    """
     with torch.no_grad():
         large = enlarge(x, size, mode)
         soft = torch.stack([F.softmax(teacher(large) / temperature, dim=1) for teacher in teachers]).mean(dim=0)
@@ -121,10 +137,18 @@ def distillation_loss(
 
 
 def train(
-    model: nn.Module, batches: DataLoader, loss: Callable[[nn.Module, Tensor, Tensor], Tensor], device: str, *,
-    epochs: int, optimizer: str, schedule: str, learning_rate: float, weight_decay: float,
-) -> None:  # fmt: skip
-    """Train what is not frozen, in place; whatever is frozen stays in eval mode."""
+    model: nn.Module,
+    batches: DataLoader,
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    device: str,
+    *,
+    epochs: int,
+    optimizer: str,
+    schedule: str,
+    learning_rate: float,
+    weight_decay: float,
+) -> None:
+    """Train what is not frozen, in place; what is frozen stays in eval mode."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "sgd":
         optim = torch.optim.SGD(trained, learning_rate, weight_decay=weight_decay, momentum=0.9, nesterov=True)
@@ -153,13 +177,3 @@ def train(
             value.backward()
             optim.step()
             rates.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Images, device: str) -> float:
-    """The fraction of images that the model, in eval mode, gets right."""
-    model.eval()
-    correct = 0
-    for x, y in DataLoader(images, batch_size=250):
-        correct += (model(x.to(device)).argmax(dim=1).cpu() == y).sum().item()
-    return correct / len(images)
