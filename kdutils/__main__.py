@@ -19,12 +19,13 @@ from kdutils.cache import disk_error
 from kdutils.lab.export import SUFFIX, export_student
 from kdutils.lab.predict import classify, find_student, load_student, prediction_lines, read_pictures
 from kdutils.lab.study import entries_of, run_study
-from kdutils.lab.sweeps import grid_sweep, read_sweep, run_sweep, sweep_table
+from kdutils.lab.sweeps import grid_sweep, run_sweep
 from kdutils.models import pretraining_facts, read_header
 from kdutils.pretraining import Pretraining, default_recipe, pretrain_on_folder
 from kdutils.report import batch as pipeline
 from kdutils.report.latex import REPORT, LatexMissing
 from kdutils.report.readme import PLACEHOLDER, stamp
+from kdutils.results.sweeps import read_sweep, sweep_table
 from kdutils.results.tables import text_table
 from kdutils.settings import (
     ARCHITECTURES,

@@ -60,6 +60,11 @@ def notebooks_of(settings: Settings) -> tuple[str, ...]:
     return NOTEBOOKS + (("study",) if settings.study else ())
 
 
+def notebook_path(name: str) -> Path:
+    """Where a notebook lies: the study's in a folder of its own."""
+    return ROOT / "notebooks" / ("beyond" if name == "study" else "") / f"{name}.ipynb"
+
+
 def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     """Run the four notebooks into `runs/<profile>/notebooks/`; stops at the first that fails.
 
@@ -111,7 +116,7 @@ def _execute(
     try:
         with _progress_log(settings.run_folder / "progress.log", batch):
             papermill.execute_notebook(
-                str(ROOT / "notebooks" / f"{name}.ipynb"), str(output), dict(parameters),
+                str(notebook_path(name)), str(output), dict(parameters),
                 kernel_name="python3", cwd=str(ROOT / "notebooks"), progress_bar=False,
                 extra_arguments=["--IPKernelApp.log_level=ERROR"],
             )  # fmt: skip

@@ -59,7 +59,7 @@ def update_pictures(readme: Path, notebooks: Sequence[Path]) -> None:
 PLACEHOLDER = "https://github.com/OWNER/REPO"
 WHERE, WHICH = r"(?P<repository>[\w.-]+/[\w.-]+)", r"(?P<ref>[\w./-]+?)"
 BADGE = re.compile(
-    rf"(?<=https://colab\.research\.google\.com/github/){WHERE}/blob/{WHICH}(?=/notebooks/(?P<notebook>\w+)\.ipynb)"
+    rf"(?<=https://colab\.research\.google\.com/github/){WHERE}/blob/{WHICH}(?=/notebooks/(?:beyond/)?(?P<notebook>\w+)\.ipynb)"
 )
 # in a notebook's file the quotes are escaped
 CELL = re.compile(rf'(?<=REPOSITORY, REF = )(?P<q>\\?")https://github\.com/{WHERE}(?P=q), (?P=q){WHICH}(?P=q)')
@@ -67,7 +67,8 @@ CELL = re.compile(rf'(?<=REPOSITORY, REF = )(?P<q>\\?")https://github\.com/{WHER
 
 def stamped_files(root: Path = ROOT) -> list[Path]:
     """The files that hold the address."""
-    return [root / "README.md", *sorted((root / "notebooks").glob("*.ipynb"))]
+    folder = root / "notebooks"
+    return [root / "README.md", *sorted(folder.glob("*.ipynb")), *sorted(folder.glob("beyond/*.ipynb"))]
 
 
 def stamp(address: str, ref: str, root: Path = ROOT) -> list[Path]:
