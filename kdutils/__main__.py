@@ -295,16 +295,17 @@ def sweep(options: argparse.Namespace) -> None:
         raise UserError("--what: FILE says what to try; leave one of the two out")
     workers, settings = _workers(options), _settings(options)
     from kdutils.lab import sweeps
+    from kdutils.results.sweeps import read_sweep, sweep_table
 
     if options.file:
         path = project_path(options.file)
-        plan, folder = sweeps.read_sweep(path), path.parent
+        plan, folder = read_sweep(path), path.parent
     else:
         plan = sweeps.grid_sweep(options.what or "kd", options.grid, settings.seeds)
         folder = settings.run_folder / "sweeps"
     out = _folder(options.out, folder) / f"{plan.name}.csv"
     frame = sweeps.run_sweep(plan, options.profile, _parameters(options), out, workers, options.scheduler)
-    print(sweeps.sweep_table(frame).to_string(index=False))
+    print(sweep_table(frame).to_string(index=False))
     print(f"rows: {shown_path(out)}")
 
 

@@ -26,13 +26,13 @@ from kdutils import pretraining, students, teachers
 from kdutils.__main__ import main
 from kdutils.cache import Cached, read_cached, write_cached
 from kdutils.data.images import load_data
-from kdutils.lab.sweeps import read_sweep
 from kdutils.losses import cross_entropy
 from kdutils.models import load_backbone
 from kdutils.report import batch as pipeline
 from kdutils.report.latex import export_notebooks
 from kdutils.report.readme import update_readme
 from kdutils.report.show import show_table
+from kdutils.results.sweeps import read_sweep
 from kdutils.results.tables import record
 from kdutils.settings import ROOT, UserError, load_settings, notebook_settings
 from kdutils.students import Method, train_students

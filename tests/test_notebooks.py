@@ -12,7 +12,7 @@ import pytest
 from kdutils.report.batch import NOTEBOOKS
 from kdutils.settings import ROOT, Settings
 
-PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PATHS = [path for folder in (".", "beyond") for path in sorted((ROOT / "notebooks" / folder).glob("*.ipynb"))]
 SETTINGS = {field.name for field in dataclasses.fields(Settings)}
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 

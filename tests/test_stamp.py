@@ -17,7 +17,7 @@ NAMES = [path.stem for path in stamped_files() if path.suffix == ".ipynb"]
 
 
 def set_up_cells(root):
-    notebooks = [nbformat.read(root / "notebooks" / f"{name}.ipynb", as_version=4) for name in NAMES]
+    notebooks = [nbformat.read(path, as_version=4) for path in stamped_files(root)[1:]]
     return [next(cell.source for cell in notebook.cells if cell.cell_type == "code") for notebook in notebooks]
 
 
@@ -47,8 +47,8 @@ def test_badges_and_cells_agree_and_stamping_changes_the_address_and_nothing_els
     assert stamp("https://github.com/an-owner/a.repo.git", "feature/x-1", copy) == stamped_files(copy)
     assert addresses(copy) == {("an-owner/a.repo", "feature/x-1")}
     assert stamp("https://github.com/an-owner/a.repo/", "feature/x-1", copy) == []
-    for name in NAMES:
-        nbformat.validate(nbformat.read(copy / "notebooks" / f"{name}.ipynb", as_version=nbformat.NO_CONVERT))
+    for path in stamped_files(copy)[1:]:
+        nbformat.validate(nbformat.read(path, as_version=nbformat.NO_CONVERT))
     stamp(f"https://github.com/{repository}", ref, copy)
     assert {path: path.read_text(encoding="utf-8") for path in stamped_files(copy)} == before
 

@@ -59,6 +59,11 @@ def notebooks_of(settings: Settings) -> tuple[str, ...]:
     return NOTEBOOKS + (("study",) if settings.study else ())
 
 
+def notebook_path(name: str) -> Path:
+    """Where a notebook lies: the study's in a folder of its own."""
+    return ROOT / "notebooks" / ("beyond" if name == "study" else "") / f"{name}.ipynb"
+
+
 def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     """Run the notebooks into `runs/<profile>/notebooks/`; stop at the first that fails.
 
@@ -107,11 +112,11 @@ def _execute(
 
     # papermill warns of each parameter that a notebook does not list; the notebooks check them themselves
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    folder, quiet = ROOT / "notebooks", {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
-    where = {"kernel_name": "python3", "cwd": str(folder)}
+    quiet = {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+    where = {"kernel_name": "python3", "cwd": str(ROOT / "notebooks")}
     try:
         with _progress_log(settings.run_folder / "progress.log", batch):
-            papermill.execute_notebook(folder / f"{name}.ipynb", output, dict(parameters), **where, **quiet)
+            papermill.execute_notebook(notebook_path(name), output, dict(parameters), **where, **quiet)
     except PapermillExecutionError as error:
         reason = error.evalue if error.ename in ("UserError", "TrainingError") else f"{error.ename}: {error.evalue}"
         raise UserError(

@@ -56,15 +56,16 @@ def update_pictures(readme: Path, notebooks: Sequence[Path]) -> None:
 PLACEHOLDER = "https://github.com/OWNER/REPO"
 WHERE, WHICH = r"(?P<repository>[\w.-]+/[\w.-]+)", r"(?P<ref>[\w./-]+?)"
 BADGE = re.compile(
-    rf"(?<=https://colab\.research\.google\.com/github/){WHERE}/blob/{WHICH}(?=/notebooks/(?P<notebook>\w+)\.ipynb)"
+    rf"(?<=https://colab\.research\.google\.com/github/){WHERE}/blob/{WHICH}(?=/notebooks/(?:beyond/)?(?P<notebook>\w+)\.ipynb)"
 )
 # in a notebook's file the quotes are escaped
 CELL = re.compile(rf'(?<=REPOSITORY, REF = )(?P<q>\\?")https://github\.com/{WHERE}(?P=q), (?P=q){WHICH}(?P=q)')
 
 
 def stamped_files(root: Path = ROOT) -> list[Path]:
-    """The files that hold the repository's address."""
-    return [root / "README.md", *sorted((root / "notebooks").glob("*.ipynb"))]
+    """The files that hold the address."""
+    folder = root / "notebooks"
+    return [root / "README.md", *sorted(folder.glob("*.ipynb")), *sorted(folder.glob("beyond/*.ipynb"))]
 
 
 def stamp(address: str, ref: str, root: Path = ROOT) -> list[Path]:
