@@ -124,7 +124,7 @@ def _execute(
         ) from error
     except (RuntimeError, KeyError) as error:  # nbclient's DeadKernelError and jupyter_client's NoSuchKernel
         raise UserError(
-            f"{name}: its Python kernel died ({error}); if memory ran out, lower teacher_size, teacher_views or "
+            f"{name} lost its Python kernel ({error}); if memory ran out, lower teacher_size, teacher_views or "
             f"feature_memory_gb (what had run: {shown_path(output)})"
         ) from error
 
