@@ -133,7 +133,8 @@ def draw(class_names, count, seed, size=32):
     """Draw `count` images of the named shapes, with as many of each as possible, in shuffled order.
 
     Image number i depends on `class_names`, `seed`, `size` and i alone: not on `count`, nor on the number
-    of threads. Numbers of images per class differ by one at most.
+    of threads. (Another kind of processor may round one value in a million differently, by 1.) Numbers of images per
+    class differ by one at most.
 
     class_names: distinct names from `SHAPES10` or `OTHER_SHAPES`; label k is the k-th of them.
     Returns (images uint8 [count, 3, size, size], labels int64 [count]), on the CPU.
