@@ -24,7 +24,7 @@ from kdutils.cache import (
 )
 from kdutils.compat import ensure_torchvision
 from kdutils.data import shapes
-from kdutils.data.images import Dataset, Split, training_part
+from kdutils.data.images import Dataset, Split
 from kdutils.data.views import Pool, ViewedImages, make_views, view_pixels, view_table
 from kdutils.losses import cross_entropy
 from kdutils.models import Source, backbone_source, cut, fold_batch_norms, load_backbone, normalise, with_state

@@ -288,7 +288,7 @@ BAD = {
     "unknown data": (run("-p", "data", "mnist"),
         "data: 'mnist' will not do; it must be 'cifar10', 'shapes10' or 'folder:PATH'"),
     "no folder of data": (run("-p", "data", "folder:no/such/place"),
-        "data: there is no folder no/such/place/train; it must hold one folder of images a class"),
+        "data: there is no folder no/such/place/train; it must hold one folder of images per class"),
     "the original's name": (run("-p", "data_name", "CIFAR-10"),
         "data_name: 'CIFAR-10' names the original images (data = cifar10); give another, for example 'CIFAR-10, "
         "JPEG re-encoding'"),
@@ -331,38 +331,38 @@ BAD = {
         "seeds: ... will not do; it must be a list of one or more different whole numbers, such as [0, 1, 2]"),
     # folders and images
     "no test images": (folder(lambda root: (root / "test").rename(root / "tests")),
-        "data: there is no folder TMP/mine/test; it must hold one folder of images a class"),
+        "data: there is no folder TMP/mine/test; it must hold one folder of images per class"),
     "no class folders": (folder(lambda root: [path.rename(root / path.name) for path in (root / "train").iterdir()]),
-        "data: TMP/mine/train holds no class folders; it must hold one folder of images a class"),
+        "data: TMP/mine/train holds no class folders; it must hold one folder of images per class"),
     "other classes for testing": (folder(lambda root: (root / "test" / "class3").rename(root / "test" / "cat")),
-        "data: train and test of TMP/mine must hold the same class folders; only one has cat, class3"),
+        "data: train and test of TMP/mine must hold the same class folders; only one of them has cat, class3"),
     "eleven classes": (folder(lambda root: [eleventh(root / part) for part in ("train", "test")]),
-        "data: TMP/mine/train holds 11 class folders; it must be 10"),
+        "data: TMP/mine/train holds 11 class folders; it must hold 10"),
     "nine classes": (folder(lambda root: [shutil.rmtree(root / part / "class9") for part in ("train", "test")]),
-        "data: TMP/mine/train holds 9 class folders; it must be 10"),
+        "data: TMP/mine/train holds 9 class folders; it must hold 10"),
     "an empty class folder": (folder(lambda root: [path.unlink() for path in (root / "test" / "class4").iterdir()]),
         "data: the class folder TMP/mine/test/class4 holds no images; add some or remove it"),
     "an empty file": (image(b""),
-        "data: TMP/mine/train/class3/1.png cannot be read as an image (its content is of no kind that is known "
-        "here); mend or remove it"),
+        "data: TMP/mine/train/class3/1.png cannot be read as an image (unknown format); fix or "
+        "remove it"),
     "text called an image": (image(b"no image at all"),
-        "data: TMP/mine/train/class3/1.png cannot be read as an image (its content is of no kind that is known "
-        "here); mend or remove it"),
+        "data: TMP/mine/train/class3/1.png cannot be read as an image (unknown format); fix or "
+        "remove it"),
     "half an image": (image(png(32, 32)[:40]),
-        "data: TMP/mine/train/class3/1.png cannot be read as an image (its content is of no kind that is known "
-        "here); mend or remove it"),
+        "data: TMP/mine/train/class3/1.png cannot be read as an image (unknown format); fix or "
+        "remove it"),
     "an image of 10,000 megapixels": (image(png(100_000, 100_000)),
-        "data: TMP/mine/train/class3/1.png cannot be read as an image (it has far too many pixels); mend or "
+        "data: TMP/mine/train/class3/1.png cannot be read as an image (too many pixels); fix or "
         "remove it"),
     "an image of fractions": (image(lambda path: Image.fromarray(np.ones((32, 32), np.float32)).save(path, "TIFF")),
-        "data: TMP/mine/train/class3/1.png cannot be read as an image (its pixels are numbers with a fraction, "
-        "of no known range: save it with 8 bits a channel); mend or remove it"),
+        "data: TMP/mine/train/class3/1.png cannot be read as an image (floating-point pixels of unknown "
+        "range; save it with 8 bits per channel); fix or remove it"),
     "a link to nowhere": (image(lambda path: path.symlink_to("nowhere.png")),
-        "data: TMP/mine/train/class3/1.png cannot be read (No such file or directory); mend or remove it"),
+        "data: TMP/mine/train/class3/1.png cannot be read (No such file or directory); fix or remove it"),
     "a folder called an image": (image(lambda path: path.mkdir()),
-        "data: TMP/mine/train/class3/1.png is called an image, but is no file; mend or remove it"),
+        "data: TMP/mine/train/class3/1.png has the name of an image, but is not a file; fix or remove it"),
     "a pipe called an image": (image(lambda path: os.mkfifo(path)),
-        "data: TMP/mine/train/class3/1.png is called an image, but is no file; mend or remove it"),
+        "data: TMP/mine/train/class3/1.png has the name of an image, but is not a file; fix or remove it"),
     # weights
     "a header of a terabyte": (weights(struct.pack("<Q", 2**40) + b"{}", "resnet18.safetensors"),
         "weights: TMP/weights/resnet18.safetensors cannot be read (...); give an undamaged file"),
@@ -460,7 +460,7 @@ BAD = {
         "README: TMP/README.md needs one line <!-- results:begin --> and, after it, one line <!-- results:end -->"),
     # the other commands
     "no images to pre-train on": (lambda w: w.command("pretrain", "no/such/place", "--arch", "resnet18", "--epochs", "1"),
-        "data: there is no folder no/such/place/train; it must hold one folder of images a class"),
+        "data: there is no folder no/such/place/train; it must hold one folder of images per class"),
     "no epochs to pre-train": (lambda w: w.command("pretrain", "x", "--arch", "resnet18", "--epochs", "0"),
         "--epochs: '0' will not do; it must be a whole number, at least 1"),
     "no weights to begin with": (lambda w: w.command(
