@@ -279,7 +279,7 @@ NO_YAML = {
     "brackets without end": ("seeds: " + "[" * 800, "it is nested too deeply"),
 }
 
-UNKNOWN, TOO_LARGE = "its content is of no kind that is known here", "it has far too many pixels"
+UNKNOWN, TOO_LARGE = "unknown format", "too many pixels"
 FLOATS = "its pixels are numbers with a fraction, of no known range: save it with 8 bits a channel"
 # what it is: the content of an image file (or what makes it), and why it cannot be read
 IMAGES = {
@@ -343,7 +343,7 @@ BAD = {
     "more test images than there are": (run("-p", "test_size", "100000"),
         "data: shapes10 has 10000 images for test, 100000 were asked for; lower test_size"),
     "no folder of data": (run("-p", "data", "folder:no/such/place"),
-        "data: there is no folder no/such/place/train; it must hold one folder of images a class"),
+        "data: there is no folder no/such/place/train; it must hold one folder of images per class"),
     "the original's name": (run("-p", "data_name", "CIFAR-10"),
         "data_name: 'CIFAR-10' names the original images (data = cifar10); give another, for example 'CIFAR-10, "
         "JPEG re-encoding'"),
@@ -370,20 +370,20 @@ BAD = {
         "seeds: ... is not valid; use " + SEEDS),
     # folders and images
     "no test images": (folder(lambda root: (root / "test").rename(root / "tests")),
-        "data: there is no folder TMP/mine/test; it must hold one folder of images a class"),
+        "data: there is no folder TMP/mine/test; it must hold one folder of images per class"),
     "no class folders": (folder(lambda root: [path.rename(root / path.name) for path in (root / "train").iterdir()]),
-        "data: TMP/mine/train holds no class folders; it must hold one folder of images a class"),
+        "data: TMP/mine/train holds no class folders; it must hold one folder of images per class"),
     "other classes for testing": (folder(lambda root: (root / "test" / "class3").rename(root / "test" / "cat")),
-        "data: train and test of TMP/mine must hold the same class folders; only one has cat, class3"),
+        "data: train and test of TMP/mine must hold the same class folders; only one of them has cat, class3"),
     **{f"{count} classes": (folder(lambda root, change=change: [change(root / part) for part in ("train", "test")]),
-        f"data: TMP/mine/train holds {count} class folders; it must be 10")
+        f"data: TMP/mine/train holds {count} class folders; it must hold 10")
        for count, change in ((11, eleventh), (9, lambda part: shutil.rmtree(part / "class9")))},
     "an empty class folder": (folder(lambda root: [path.unlink() for path in (root / "test" / "class4").iterdir()]),
         "data: the class folder TMP/mine/test/class4 holds no images; add some or remove it"),
     "a link to nowhere": (image(lambda path: path.symlink_to("nowhere.png")),
-        "data: TMP/mine/train/class3/1.png cannot be read (No such file or directory); mend or remove it"),
+        "data: TMP/mine/train/class3/1.png cannot be read (No such file or directory); fix or remove it"),
     **{f"a {what} called an image": (image(make),
-        "data: TMP/mine/train/class3/1.png is called an image, but is no file; mend or remove it")
+        "data: TMP/mine/train/class3/1.png has the name of an image, but is not a file; fix or remove it")
        for what, make in (("folder", lambda path: path.mkdir()), ("pipe", lambda path: os.mkfifo(path)))},
     # weights
     "another network's weights": (weights({"conv1.weight": torch.zeros(1)}),
@@ -451,7 +451,7 @@ BAD = {
         "README: TMP/README.md needs one line <!-- results:begin --> and, after it, one line <!-- results:end -->"),
     # the other commands
     "no images to pre-train on": (lambda w: w.command("pretrain", "no/such/place", "--arch", "resnet18", "--epochs", "1"),
-        "data: there is no folder no/such/place/train; it must hold one folder of images a class"),
+        "data: there is no folder no/such/place/train; it must hold one folder of images per class"),
     "no epochs to pre-train": (lambda w: w.command("pretrain", "x", "--arch", "resnet18", "--epochs", "0"),
         "--epochs: '0' is not valid; use " + COUNT),
     "no weights to begin with": (lambda w: w.command(

@@ -38,6 +38,10 @@ class Split(NamedTuple):
     def to(self, device: str) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
 
+    def at(self, index: Tensor | slice) -> "Split":
+        """Some of the images: by their numbers, a mask or a slice."""
+        return Split(self.images[index], self.labels[index])
+
 
 class Dataset(NamedTuple):
     """A ten-class image set, split. `name` is how the report calls it; `checksum` covers all pixels and labels."""
@@ -56,10 +60,8 @@ class Dataset(NamedTuple):
     def facts(self) -> dict:
         """What the report and the provenance say about the data."""
         sizes = {part: len(getattr(self, part).labels) for part in ("train", "val", "test")}
-        return {
-            "name": self.name, "classes": self.classes, "checksum": self.checksum,
-            "is_generated": self.is_generated, "is_cifar10": self.is_cifar10, **sizes,
-        }  # fmt: skip
+        names = ("name", "classes", "checksum", "is_generated", "is_cifar10")
+        return {name: getattr(self, name) for name in names} | sizes
 
 
 def load_data(settings: Settings) -> Dataset:
@@ -77,30 +79,27 @@ def load_data(settings: Settings) -> Dataset:
             f"data_name: '{CIFAR10_NAME}' names the original images (data = cifar10); "
             "give another, for example 'CIFAR-10, JPEG re-encoding'"
         )
-    indices = _train_and_val(train, settings)
     (test_indices,) = stratified_split(test.labels, (settings.test_size,), settings.split_seed, "test_size")
-    parts = {
-        "train": Split(train.images[indices[0]], train.labels[indices[0]]),
-        "val": Split(train.images[indices[1]], train.labels[indices[1]]),
-        "test": Split(test.images[test_indices], test.labels[test_indices]),
-    }
-    checksums = {part: tensor_checksum(split._asdict())[:16] for part, split in parts.items()}
+    train_indices, val_indices = _train_and_val(train, settings)
+    parts = {"train": train.at(train_indices), "val": train.at(val_indices), "test": test.at(test_indices)}
+    checksums = {part: _checksum(split) for part, split in parts.items()}
     return Dataset(
-        name, classes, **{part: split.to(settings.device) for part, split in parts.items()},
-        checksum=fingerprint(checksums), part_checksums=checksums,
-        is_generated=kind == "shapes10", is_cifar10=kind == "cifar10",
-    )  # fmt: skip
+        name,
+        classes,
+        **{part: split.to(settings.device) for part, split in parts.items()},
+        checksum=fingerprint(checksums),
+        part_checksums=checksums,
+        is_generated=kind == "shapes10",
+        is_cifar10=kind == "cifar10",
+    )
 
 
 def left_over(settings: Settings) -> Split:
-    """The training images of the data that are neither training nor validation images of the settings, on the device.
-
-    In class order. There may be none.
-    """
+    """The training images of the data that the split leaves, in class order, on the device. There may be none."""
     train = _whole(settings)[2]
     unused = torch.ones(len(train.labels), dtype=torch.bool)
     unused[torch.cat(_train_and_val(train, settings))] = False
-    return Split(train.images[unused], train.labels[unused]).to(settings.device)
+    return train.at(unused).to(settings.device)
 
 
 def _whole(settings: Settings) -> tuple[str, list[str], Split, Split]:
@@ -110,7 +109,8 @@ def _whole(settings: Settings) -> tuple[str, list[str], Split, Split]:
     if settings.data == "shapes10":
         return "shapes10 (generated images)", *_shapes10(settings)
     folder = project_path(settings.data.removeprefix("folder:").strip())
-    return folder.name, *_folder(folder, settings)
+    classes, parts = read_image_folder(folder, ("train", "test"), IMAGE_SIZE, settings.run_folder / "data", NUM_CLASSES)
+    return folder.name, classes, parts["train"], parts["test"]
 
 
 def _train_and_val(train: Split, settings: Settings) -> list[Tensor]:
@@ -119,35 +119,28 @@ def _train_and_val(train: Split, settings: Settings) -> list[Tensor]:
 
 
 def rotate_validation(dataset: Dataset, fold: int) -> Dataset:
-    """The same labelled images with other ones held out: fold 0 is the data set as it is; in fold k the k-th
-    `len(val)` training images are the validation images, and the former ones train in their place.
+    """The same labelled images with other validation images, for cross-validation.
 
-    Raises `UserError` for a fold that the training images do not have.
+    Fold 0 is the data set as it is. In fold k, the k-th `len(val)` training images are the validation images, and the
+    former ones train in their place. Raises `UserError` for a fold that the training images do not have.
     """
     if fold == 0:
         return dataset
-    size = len(dataset.val.labels)
+    size, train, old_val = len(dataset.val.labels), dataset.train, dataset.val
     held_out = slice((fold - 1) * size, fold * size)
-    if held_out.stop > len(dataset.train.labels):
-        raise UserError(f"fold: there are folds 0 to {len(dataset.train.labels) // size} of {size} images, not {fold}")
-    val = Split(*(tensor[held_out] for tensor in dataset.train))
-    train = Split(*(
-        torch.cat([mine[: held_out.start], former, mine[held_out.stop :]])
-        for mine, former in zip(dataset.train, dataset.val, strict=True)
-    ))  # fmt: skip
-    return _with_parts(dataset, train, val)
-
-
-def training_part(dataset: Dataset, index: Tensor) -> Dataset:
-    """The data set with some of its training images alone, by their numbers int64 [n]."""
-    index = index.to(dataset.train.labels.device)
-    return _with_parts(dataset, Split(*(tensor[index] for tensor in dataset.train)), dataset.val)
-
-
-def _with_parts(dataset: Dataset, train: Split, val: Split) -> Dataset:
-    checksums = {part: tensor_checksum(split._asdict())[:16] for part, split in (("train", train), ("val", val))}
-    checksums = dataset.part_checksums | checksums
+    if held_out.stop > len(train.labels):
+        raise UserError(
+            f"fold: {fold} is too large; {len(train.labels)} training images make folds 0 to "
+            f"{len(train.labels) // size} of {size}, use one of them"
+        )
+    before, after = train.at(slice(held_out.start)), train.at(slice(held_out.stop, None))
+    val, train = train.at(held_out), Split(*map(torch.cat, zip(before, old_val, after)))
+    checksums = dataset.part_checksums | {"train": _checksum(train), "val": _checksum(val)}
     return dataset._replace(train=train, val=val, part_checksums=checksums, checksum=fingerprint(checksums))
+
+
+def _checksum(split: Split) -> str:
+    return tensor_checksum(split._asdict())[:16]
 
 
 def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int, name: str = "sizes") -> list[Tensor]:
@@ -157,7 +150,7 @@ def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int, name: str 
     seed give the same sets. Raises `UserError` when there are fewer labels than asked for.
     """
     if sum(sizes) > len(labels):
-        raise UserError(f"{name}: {sum(sizes)} images were asked for, but the data holds {len(labels)}; lower it")
+        raise UserError(f"{name}: {sum(sizes)} is more than the {len(labels)} images of the data; lower it")
     generator = torch.Generator().manual_seed(seed)
     members = [torch.nonzero(labels == c).flatten() for c in labels.unique()]
     members = [indices[torch.randperm(len(indices), generator=generator)] for indices in members]
@@ -182,7 +175,7 @@ def _cifar10(folder: Path) -> tuple[list[str], Split, Split]:
     parts = []
     for train in (True, False):
         try:
-            # redirected: torchvision's "already downloaded"
+            # torchvision prints "already downloaded"
             with contextlib.redirect_stdout(io.StringIO()), network_timeout():
                 part = ensure_torchvision().datasets.CIFAR10(str(folder), train=train, download=True)
         except (OSError, RuntimeError, HTTPException) as error:
@@ -211,15 +204,10 @@ def _shapes10(settings: Settings) -> tuple[list[str], Split, Split]:
     return classes, parts[0], parts[1]
 
 
-def _folder(folder: Path, settings: Settings) -> tuple[list[str], Split, Split]:
-    classes, parts = read_image_folder(folder, ("train", "test"), IMAGE_SIZE, settings.run_folder / "data", NUM_CLASSES)
-    return classes, parts["train"], parts["test"]
-
-
 def read_image_folder(
     folder: Path, names: Sequence[str], size: int, cache: Path, num_classes: int | None = None
 ) -> tuple[list[str], dict[str, Split]]:
-    """The images of `folder/<part>/<class>/*` for the parts `names`, size x size; decoded once, then kept in `cache`.
+    """The images of `folder/<part>/<class>/*` for the parts `names`, size x size. Decoded once, then kept in `cache`.
 
     Raises `UserError` for missing folders, classes that differ among the parts or are not `num_classes`, bad images.
     """
@@ -228,24 +216,26 @@ def read_image_folder(
     classes = sorted(first)
     if not classes:
         raise UserError(
-            f"data: {shown_path(folder / names[0])} holds no class folders; it must hold one folder of images a class"
+            f"data: {shown_path(folder / names[0])} holds no class folders; it must hold one folder of images per class"
         )
     for part, by_class in files.items():
         if odd := sorted(set(first) ^ set(by_class)):
             raise UserError(
-                f"data: {names[0]} and {part} of {shown_path(folder)} must hold the same class folders; only one has "
-                f"{', '.join(odd[:10])}"
+                f"data: {names[0]} and {part} of {shown_path(folder)} must hold the same class folders; only one of "
+                f"them has {', '.join(odd[:10])}"
             )
     if num_classes not in (None, len(classes)):
         raise UserError(
-            f"data: {shown_path(folder / names[0])} holds {len(classes)} class folders; it must be {num_classes}"
+            f"data: {shown_path(folder / names[0])} holds {len(classes)} class folders; it must hold {num_classes}"
         )
-    listed = hashlib.sha256()
-    for part, by_class in files.items():
-        for name in classes:
-            for path, facts in by_class[name].items():
-                listed.update(f"{part}/{name}/{os.path.basename(path)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    key = {"what": "decoded images", "files": listed.hexdigest(), "size": size, "transparent": "white"}
+    listed = "".join(
+        f"{part}/{name}/{os.path.basename(path)} {facts.st_size} {facts.st_mtime_ns}\n"
+        for part, by_class in files.items()
+        for name in classes
+        for path, facts in by_class[name].items()
+    )
+    digest = hashlib.sha256(listed.encode()).hexdigest()
+    key = {"what": "decoded images", "files": digest, "size": size, "transparent": "white"}
 
     def make() -> tuple[dict[str, Tensor], dict]:
         return {
@@ -261,7 +251,7 @@ def read_image_folder(
 def _list_images(folder: Path) -> dict[str, dict[str, os.stat_result]]:
     """The image files of every class folder, by name, with their sizes and times."""
     if not folder.is_dir():
-        raise UserError(f"data: there is no folder {shown_path(folder)}; it must hold one folder of images a class")
+        raise UserError(f"data: there is no folder {shown_path(folder)}; it must hold one folder of images per class")
     found, others, links = {}, [], []
     for sub in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         with os.scandir(sub) as entries:
@@ -274,9 +264,9 @@ def _list_images(folder: Path) -> dict[str, dict[str, os.stat_result]]:
         may_lead_out = [str(sub), *(entry.path for entry in images if entry.is_symlink())]
         links += [Path(path) for path in may_lead_out if os.path.islink(path)]
     links = [link for link in links if not link.resolve().is_relative_to(folder.resolve())]
-    for what, paths in (("no images by their names, and passed over", others), ("links to what lies elsewhere", links)):
+    for what, paths in (("files are not images by their names: ignored", others), ("links lead out of it", links)):
         if paths:
-            print(f"data: {len(paths)} in {shown_path(folder)} are {what}, for example {shown_path(paths[0])}")
+            print(f"data: {shown_path(folder)}: {len(paths)} {what}, for example {shown_path(paths[0])}")
     return found
 
 
@@ -285,9 +275,9 @@ def _stat(entry: os.DirEntry) -> os.stat_result:
     try:
         facts = entry.stat()
     except OSError as error:
-        raise UserError(f"data: {name} cannot be read ({error.strerror}); mend or remove it") from error
-    if not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for
-        raise UserError(f"data: {name} is called an image, but is no file; mend or remove it")
+        raise UserError(f"data: {name} cannot be read ({error.strerror}); fix or remove it") from error
+    if not stat.S_ISREG(facts.st_mode):  # reading a pipe would wait for ever
+        raise UserError(f"data: {name} has the name of an image, but is not a file; fix or remove it")
     return facts
 
 
@@ -300,11 +290,11 @@ def _decode(by_class: Mapping[str, Iterable[str]], classes: Sequence[str], part:
 
 
 def read_image(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
-    """An image file as uint8 [size, size, 3]: any mode made RGB, what is transparent made white, the first of several
-    frames; not square: the middle; not `size`: resized.
+    """An image file as uint8 [size, size, 3].
 
-    Raises `UserError` naming a file that cannot be read, or that is large beyond reason (Pillow's limit: 89 million
-    pixels).
+    Converts any mode to RGB, transparent pixels to white; takes the first frame of several, and the middle square of
+    an image that is not square; resizes. Raises `UserError` that names a file which cannot be read, or has more pixels
+    than Pillow's limit (89 million).
     """
     try:
         with warnings.catch_warnings():
@@ -313,13 +303,13 @@ def read_image(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
                 rgb = _as_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
-    except Exception as error:  # of damaged files, Pillow raises whatever its readers ran into
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-            reason = "it has far too many pixels"
+            reason = "too many pixels"
         elif isinstance(error, UnidentifiedImageError):
-            reason = "its content is of no kind that is known here"
-        raise UserError(f"data: {shown_path(path)} cannot be read as an image ({reason}); mend or remove it") from error
+            reason = "unknown format"
+        raise UserError(f"data: {shown_path(path)} cannot be read as an image ({reason}); fix or remove it") from error
     if rgb.size != (size, size):
         rgb = ImageOps.fit(rgb, (size, size), method=Image.Resampling.LANCZOS)
     return np.asarray(rgb)
@@ -327,7 +317,7 @@ def read_image(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("its pixels are numbers with a fraction, of no known range: save it with 8 bits a channel")
+        raise ValueError("floating-point pixels of unknown range; save it with 8 bits per channel")
     if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip to white
         return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
