@@ -8,6 +8,8 @@ WEIGHTS =
 PARAMS =
 IMAGENET =
 EPOCHS = 30
+ADDRESS =
+REF =
 
 quote = '$(subst ','\'',$(1))'
 run = .venv/bin/python -m kdutils
@@ -23,10 +25,10 @@ apt_install = { command -v apt-get && { test "$$(id -u)" = 0 || sudo -n true; };
 	{ $$as_root $(apt_get) update; \
 	$$as_root env DEBIAN_FRONTEND=noninteractive $(apt_get) install -y --no-install-recommends $(1) >/dev/null; }
 
-# The stamp holds the folder it was made in: an environment that moved with its folder is made again.
+# The stamp holds the folder it was made in: the environment of a folder that has moved is made again.
 stamp = .venv/.stamp-setup
 
-.PHONY: help setup tex demo report pdf pretrain test soak bench clean distclean
+.PHONY: help setup tex demo report pdf pretrain test test-other-cpu soak bench stamp clean distclean
 ifneq ($(shell cat $(stamp) 2>/dev/null),$(CURDIR))
 .PHONY: $(stamp)
 endif
@@ -36,8 +38,9 @@ help:
 	@echo 'make report    the same on CIFAR-10, downloaded when absent: report/report.pdf'
 	@echo 'make pdf       typeset report/generated again: no data, no training'
 	@echo 'make test      the tests'
-	@echo 'make soak      runs killed at 200 random moments and more: they must end in the same bytes; half an hour'
-	@echo 'make bench     how fast this is here, against the plain way of doing it: ten minutes'
+	@echo 'make soak      runs killed at 200 random moments, and more: the results must be the same bytes; half an hour'
+	@echo 'make bench     how fast this is here, against the plain way of doing it; ten minutes'
+	@echo 'make stamp     write the address of your repository into the notebooks: make stamp ADDRESS=https://...'
 	@echo 'make setup     only .venv (pinned packages) and TeX; the targets above do it when needed'
 	@echo 'make clean     remove caches and LaTeX leftovers; make distclean: .venv too'
 	@echo
@@ -45,17 +48,17 @@ help:
 	@echo '    make report DATA=folder:data/pets DATA_NAME="my pets"'
 	@echo 'ResNet weights from a folder instead of a download:'
 	@echo '    make report WEIGHTS=weights'
-	@echo 'ResNet weights made here, from images in FOLDER/train/CLASS/* and FOLDER/val/CLASS/*, in hours or with a GPU:'
+	@echo 'ResNet weights pre-trained here, on images in FOLDER/train/CLASS/* and FOLDER/val/CLASS/*; hours without a GPU:'
 	@echo '    make pretrain IMAGENET=FOLDER EPOCHS=30'
 	@echo 'Any parameter of the notebooks:'
 	@echo '    make report PARAMS="-p epochs 60 -p temperature 2"'
 	@echo '    make demo PARAMS="-p seeds [0]"'
 	@echo 'The demo with teachers that know something, in seven minutes:'
 	@echo '    make demo PARAMS="-p train_size 500 -p generated_images 6000 -p generated_epochs 4"'
-	@echo 'Another profile of notebooks/profiles, another Python:'
+	@echo 'Another profile of notebooks/profiles; another Python:'
 	@echo '    make report PROFILE=cifar10-standin DATA=folder:data/cifar10-jpeg WEIGHTS=weights'
 	@echo '    make setup PYTHON=python3.12'
-	@echo 'The tables of a run, a picture classified by a student of it, that student as one file:'
+	@echo 'The tables of a run; a picture classified by one of its students; that student as a file:'
 	@echo '    .venv/bin/python -m kdutils results --profile demo'
 	@echo '    .venv/bin/python -m kdutils predict --profile demo cat.png'
 	@echo '    .venv/bin/python -m kdutils export --profile demo --format torchscript'
@@ -93,7 +96,7 @@ report: setup
 pdf: setup
 	$(run) report --pdf-only --out report
 
-# Both ResNets; each goes on from where it was cut.
+# Both ResNets. Interrupted runs resume: repeat the command.
 pretrain: $(stamp)
 	@test -n $(call quote,$(IMAGENET)) || { echo 'Name the images: make pretrain IMAGENET=data/tiny-imagenet'; exit 1; } >&2
 	$(run) pretrain $(call quote,$(IMAGENET)) --arch resnet18 --epochs $(EPOCHS)
@@ -103,11 +106,25 @@ pretrain: $(stamp)
 test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
+# These compare numbers, whose last bits depend on the processor. It cannot be made newer than it is, but older.
+numerical_tests = $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
+	views losses models training students pretraining cache predict sweeps metrics)))
+test-other-cpu: $(stamp)
+	@if grep -qs avx512f /proc/cpuinfo; then set -- avx2 AVX2 AVX2; else set -- default SSE41 SSE4_2; fi; \
+	echo "The numerical tests again, with the instructions of another processor: $$1"; \
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=$$1 ONEDNN_MAX_CPU_ISA=$$2 MKL_ENABLE_INSTRUCTIONS=$$3 \
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(numerical_tests)
+
 soak: setup
 	.venv/bin/python -m pytest -q -s -m soak
 
 bench: $(stamp)
 	$(run) bench --profile $(call quote,$(PROFILE)) $(params)
+
+stamp: $(stamp)
+	@test -n $(call quote,$(ADDRESS)) || { \
+		echo 'Name the repository: make stamp ADDRESS=https://github.com/OWNER/REPO'; exit 1; } >&2
+	$(run) stamp $(call quote,$(ADDRESS)) $(if $(REF),--ref $(call quote,$(REF)))
 
 clean:
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache build kdutils.egg-info report/report.latex

@@ -280,7 +280,7 @@ NO_YAML = {
 }
 
 UNKNOWN, TOO_LARGE = "unknown format", "too many pixels"
-FLOATS = "its pixels are numbers with a fraction, of no known range: save it with 8 bits a channel"
+FLOATS = "floating-point pixels of unknown range; save it with 8 bits per channel"
 # what it is: the content of an image file (or what makes it), and why it cannot be read
 IMAGES = {
     "an empty file": (b"", UNKNOWN),
@@ -320,7 +320,7 @@ BAD = {
        for what, (name, value, rule) in VALUES.items()},
     **{what: (profile(text), f"profile: TMP/mine.yaml is not valid YAML ({why}); correct that line")
        for what, (text, why) in NO_YAML.items()},
-    **{what: (image(fill), f"data: TMP/mine/train/class3/1.png cannot be read as an image ({why}); mend or remove it")
+    **{what: (image(fill), f"data: TMP/mine/train/class3/1.png cannot be read as an image ({why}); fix or remove it")
        for what, (fill, why) in IMAGES.items()},
     **{what: (weights(content, name), f"weights: TMP/weights/{name} {why}")
        for what, (name, content, why) in WEIGHTS.items()},

@@ -69,7 +69,7 @@ def test_the_file_says_what_it_is_and_how_it_was_made(made, pictures):
 def command(pictures, tmp_path, monkeypatch):
     """Runs `pretrain` on the pictures with the options above, changed as asked (None leaves one out)."""
     runs = tmp_path / "runs"
-    monkeypatch.setattr(command_line, "pretrain_on_folder", partial(pretrain_on_folder, runs=runs))
+    monkeypatch.setattr(pretraining, "pretrain_on_folder", partial(pretrain_on_folder, runs=runs))
 
     def arguments(folder=pictures, **changes):
         options = {
@@ -189,12 +189,12 @@ def test_unfit_images_are_one_line(command, error_of, tmp_path, monkeypatch, cha
 
 
 @pytest.mark.parametrize("options, fragments", [
-    *(({"epochs": value}, ["epochs: ", repr(str(value)), "at least 1"]) for value in (0, -2, 1.5, "many", "")),
-    ({"batch_size": 1}, ["'1'", "a whole number, at least 2"]), ({"size": 31}, ["size: '31'", "from 32 to 512"]),
+    *(({"epochs": value}, ["epochs: ", repr(str(value)), "1 or more"]) for value in (0, -2, 1.5, "many", "")),
+    ({"batch_size": 1}, ["'1'", "a whole number, 2 or more"]), ({"size": 31}, ["size: '31'", "from 32 to 512"]),
     ({"learning_rate": 0}, ["'0'", "above 0"]), ({"learning_rate": "fast"}, ["'fast'", "above 0"]),
     ({"schedule": "step"}, ["'step'", "'one_cycle'"]), ({"seed": -1}, ["seed: '-1'", "from 0"]),
     ({"device": "abacus"}, ["device: 'abacus'", "'cpu'"]), ({"precision": "float8"}, ["'float8'", "'bfloat16'"]),
-    ({"threads": 0}, ["threads: '0'", "at least 1"]), ({"init": "no/such.pth"}, ["--init: ", "no/such.pth"]),
+    ({"threads": 0}, ["threads: '0'", "1 or more"]), ({"init": "no/such.pth"}, ["--init: ", "no/such.pth"]),
     ({"init": "kdutils"}, ["--init: ", "kdutils"]), ({"init": "Makefile"}, ["Makefile", "more than tensors"]),
 ])  # fmt: skip
 def test_unfit_options_are_one_line(command, error_of, tmp_path, monkeypatch, options, fragments):

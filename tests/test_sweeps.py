@@ -226,7 +226,7 @@ def test_a_grid_needs_no_file():
     (["--grid", "alpha=1", "--grid", "alpha=0"], ["--grid: 'alpha=0'", "once"]), (["--grid", "alfa=1"], ["'alpha'"]),
     (["--grid", "alpha=2"], ["alpha: '2'", "from 0 to 1"]), (["--grid", "alpha=1,,0"], ["alpha: ''"]),
     (["--grid", "seeds=a"], ["--grid seeds"]), (["--grid", "alpha=1", "--what", "vgg"], ["vgg", "scratch"]),
-    (["--grid", "alpha=1", "--workers", "0"], ["--workers: '0'", "at least 1"]),
+    (["--grid", "alpha=1", "--workers", "0"], ["--workers: '0'", "1 or more"]),
     (["--grid", "alpha=1", "--workers", "2", "--scheduler", "x"], ["--workers"]),
     (["--grid", "train_size=20"], ["same images"]), (["--grid", "profile=demo"], ["--profile"]),
 ])  # fmt: skip
