@@ -221,9 +221,9 @@ def class_mean(teacher_logits: Sequence[Tensor], labels: Tensor, temperature: fl
     _check_temperature(temperature)
     if len(teacher_logits) != 1 or bool((labels < 0).any()):
         raise ValueError("class_mean: give one teacher's logits, and the label of every image")
-    probabilities = F.softmax(teacher_logits[0] / temperature, dim=-1)
-    target = torch.empty_like(probabilities)
+    log_probs = F.log_softmax(teacher_logits[0] / temperature, dim=-1)
+    target = torch.empty_like(log_probs)
     for label in labels.unique():
-        of_class = labels == label
-        target[of_class] = probabilities[of_class].mean(dim=0)
-    return temperature * target.log()
+        of_class = log_probs[labels == label]
+        target[labels == label] = of_class.logsumexp(dim=0) - math.log(len(of_class))
+    return temperature * target

@@ -191,7 +191,7 @@ def check_space(dataset: Dataset, settings: Settings, architectures: Sequence[st
         raise UserError(
             f"runs_dir: the features of {' and '.join(architectures)} need {needed / 1e9:.2f} GB, but "
             f"{shown_path(folder)} has {free / 1e9:.2f} GB left; free space, choose another folder, or lower "
-            "teacher_size, teacher_views or max_shift"
+            "teacher_size or teacher_views"
         )
 
 
@@ -418,27 +418,26 @@ class FineTuning:
         return torch.cat(found).to(self.settings.device)
 
     def prepare(self) -> None:
-        """Compute the features that the fitting needs and that are not kept yet."""
-        if self.trainable != "all":
-            jobs = [(self.dataset.val, 0), *((self.dataset.train, view) for view in range(self.trained_views))]
-            for part, view in progress_lines(jobs, f"{self.arch}: features of every view"):
-                for block, checksum in self._in_blocks(part.images):
-                    place = self._feature_place(checksum, view)
-                    if not cache_path(*place).exists():
-                        cached(*place, partial(self._make_features, block, view))
+        """Compute the features that the fitting needs."""
+        for images, view in progress_lines(self._fitted_on(), f"{self.arch}: features of every view"):
+            self.features(images, view)
+
+    def _fitted_on(self) -> list[tuple[Tensor, int]]:
+        """The images and views whose features the fitting needs."""
+        train, val = self.dataset.train.images, self.dataset.val.images
+        return [(val, 0), *((train, view) for view in range(self.trained_views))]
 
     def missing_bytes(self) -> int:
         """How much more disk the features will take."""
         if self.trainable == "all" or logits_file(self.settings.weights, self.arch) is not None or self.is_made():
             return 0
-        jobs = [(self.dataset.val, 0), *((self.dataset.train, view) for view in range(self.trained_views))]
-        images = sum(
+        count = sum(
             len(block)
-            for part, view in jobs
-            for block, checksum in self._in_blocks(part.images)
+            for images, view in self._fitted_on()
+            for block, checksum in self._in_blocks(images)
             if not cache_path(*self._feature_place(checksum, view)).exists()
         )
-        return images * self._shapes[2].numel() * 2  # float16
+        return count * self._shapes[2].numel() * 2  # float16
 
     def _make_features(self, block: Tensor, view: int) -> tuple[dict[str, Tensor], dict]:
         frozen, found = self.frozen, []

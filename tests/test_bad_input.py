@@ -189,7 +189,7 @@ def full_disk(write):
 
 
 def no_room(w):
-    w.patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3e8))
+    w.patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3e7))
     (w.tmp / "weights").mkdir()
     for arch in ("resnet18", "resnet50"):
         (w.tmp / "weights" / f"{arch}.pth").touch()
@@ -405,8 +405,8 @@ BAD = {
         w.tmp / "x.safetensors", {}, Cached({"a": torch.zeros(9000)}, {}, "", 0.0))),
         "runs_dir: cannot write TMP/x.safetensors (...); free space...choose another...kept..."),
     "no room for the features": (no_room,
-        "runs_dir: the features of resnet50 and resnet18 will take 0.39 GB, but TMP/runs/tiny has 0.30 GB left; "
-        "free space, choose another, or lower teacher_size or max_shift"),
+        "runs_dir: the features of resnet50 and resnet18 need 0.05 GB, but TMP/runs/tiny has 0.03 GB left; "
+        "free space, choose another folder, or lower teacher_size or teacher_views"),
     # papermill calls
     "a typing mistake in a notebook": (lambda w: notebook_settings(
         {"In": ["# Parameters\ntemprature = 3"], "profile": w.profile(), "temprature": 3}),
@@ -446,7 +446,7 @@ BAD = {
         [notebook(w, nbformat.v4.new_code_cell("later()"))], w.tmp / "out"),
         "notebook: TMP/a.ipynb, cell 1 has not been run; run the notebook to its end first"),
     "a figure's name with a space": (lambda w: show_table(None, "my table", "caption"),
-        "name: 'my table' cannot name a figure or table; a name is made of a-z, 0-9 and -, such as curves-scratch"),
+        "name: 'my table' is not valid; use only a-z, 0-9 and -, such as curves-scratch"),
     "a README without marks": (lambda w: update_readme(a_path(w.tmp / "README.md"), {}),
         "README: TMP/README.md needs one line <!-- results:begin --> and, after it, one line <!-- results:end -->"),
     # the other commands

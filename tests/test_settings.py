@@ -259,7 +259,7 @@ def test_any_value_of_any_setting_is_taken_or_named_in_one_line(name, value):
         return
     assert checked(name, found) == found
     if name not in TEXTS and value is not None:
-        assert checked(name, str(found)) == found and checked(name, json.dumps(found)) == found
+        assert checked(name, str(found)) == found and checked(name, json.dumps(found, ensure_ascii=False)) == found
 
 
 @hypothesis.settings(max_examples=100, deadline=None)

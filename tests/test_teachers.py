@@ -127,7 +127,7 @@ def test_too_little_memory_lowers_the_number_of_views_and_says_so(teacher_settin
 def test_without_pre_training_the_whole_network_is_trained(tiny, toy_data):
     teacher, soft = tuned(tiny(max_shift=0), toy_data)
     assert teacher.trainable == "all" and teacher.parameters_trained == teacher.parameters_total
-    assert soft.shape == (1, 40, 2, 10) and "no pre-training" in teacher.description
+    assert soft.shape == (1, 40, 2, 10) and "not pretrained" in teacher.description
 
 
 def test_fine_tuning_leaves_the_pretrained_weights_alone(teacher_settings, toy_data):
