@@ -96,7 +96,9 @@ def test_predict_shows_the_most_probable_classes(run, picture, capsys):
     expected = students[0].network()(normalise(read_pictures(paths))).softmax(dim=1)
     for row, at in zip(expected, (2, 5, 8)):
         name, per_cent = lines[at].split()[:2]
-        assert name == f"class{int(row.argmax())}" and float(per_cent[:-1]) == pytest.approx(100 * row.max(), abs=0.06)
+        assert name == f"class{int(row.argmax())}" and float(per_cent[:-1]) == pytest.approx(
+            100 * row.max().item(), abs=0.06
+        )
 
 
 def test_predict_as_json_holds_every_probability(run, picture, capsys):
