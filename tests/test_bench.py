@@ -186,9 +186,8 @@ def test_the_command(found, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "run", lambda settings, quick: given.append((settings, quick)) or found)
     monkeypatch.setattr(performance, "PAGE", tmp_path / "performance.md")
     profile = tmp_path / "tiny.yaml"
-    profile.write_text(yaml.safe_dump({**TINY, "weights": "no/such/folder"}))
+    profile.write_text(yaml.safe_dump({**TINY, "weights": "no/such/folder"}))  # none are needed
     assert main(["bench", "--profile", str(profile), "-p", "epochs", "3", "--quick"]) == 0
     assert given[0][1] is True and given[0][0].epochs == 3 and not (tmp_path / "performance.md").exists()
     assert main(["bench", "--profile", str(profile), "--page"]) == 0
     assert given[1][1] is False and (tmp_path / "performance.md").is_file()
-    assert given[1][0].weights == "imagenet"  # no weights are needed

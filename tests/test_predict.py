@@ -1,4 +1,4 @@
-"""predict and export: what a run trained is found, asked about pictures and written out, and nothing is trained."""
+"""predict and export: they find what a run trained, classify pictures with it and write it out, and train nothing."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from kdutils.students import Method, train_students
 
 @pytest.fixture
 def run(tiny_profile, toy_data, monkeypatch):
-    """A profile whose run folder holds two trained students; from here on nothing can be trained."""
+    """A profile whose run folder holds two trained students; from here on, training fails."""
     profile = tiny_profile()
     settings = load_settings(profile)
     students = train_students(Method("scratch", partial(cross_entropy, label_smoothing=0.1)), toy_data, settings)
@@ -67,8 +67,8 @@ def test_the_student_found_is_the_one_that_was_trained(run, toy_data):
 
 def test_the_choice_among_students(run, toy_data):
     _, settings, students = run
-    more_students(settings, toy_data, students, ("kd", ("resnet50",)), ("kd", ("resnet18",)),
-                  ("kd_mean_prob", ("resnet50", "resnet18")))  # fmt: skip
+    both = ("resnet50", "resnet18")
+    more_students(settings, toy_data, students, *(("kd", (one,)) for one in both), ("kd_mean_prob", both))
     folder = settings.run_folder
     assert find_student(folder, "scratch", seed=1).seed == 1
     assert find_student(folder, "kd_mean_prob").seed == 0
@@ -76,7 +76,7 @@ def test_the_choice_among_students(run, toy_data):
     assert find_student(folder, "kd", "resnet18").teachers == ("resnet18",)
     assert "--arm kd --teachers resnet18 or --arm kd --teachers resnet50" in message_of(find_student, folder, "kd")
     message = message_of(find_student, folder, "scratch", seed=7)
-    assert "none for --arm scratch --seed 7" in message and "seeds 0, 1" in message
+    assert "none for --arm scratch --seed 7" in message and "seed 0, 1" in message
     assert "--arm scratch" in message_of(find_student, folder, "no_such_arm")
 
 
@@ -86,7 +86,7 @@ def test_students_of_other_settings_are_not_mixed_in(run, toy_data, tiny):
     assert {student.arm for student in trained_students(settings.run_folder)} == {"kd"}
 
 
-def test_predict_shows_the_likeliest_classes(run, picture, capsys):
+def test_predict_shows_the_most_probable_classes(run, picture, capsys):
     profile, _, students = run
     paths = [picture("colour.png"), picture("grey.jpg", "L"), picture("clear.png", "RGBA", (32, 32))]
     assert main(["predict", "--profile", profile, "--arm", "scratch", "--top", "2", *map(str, paths)]) == 0
@@ -95,7 +95,10 @@ def test_predict_shows_the_likeliest_classes(run, picture, capsys):
     assert [lines[i] for i in (1, 4, 7)] == [str(path) for path in paths] and len(lines) == 10
     expected = students[0].network()(normalise(read_pictures(paths))).softmax(dim=1)
     for row, at in zip(expected, (2, 5, 8)):
-        assert lines[at].split()[0] == f"class{int(row.argmax())}" and f"{row.max():.1%}" in lines[at]
+        name, per_cent = lines[at].split()[:2]
+        assert name == f"class{int(row.argmax())}" and float(per_cent[:-1]) == pytest.approx(
+            100 * row.max().item(), abs=0.06
+        )
 
 
 def test_predict_as_json_holds_every_probability(run, picture, capsys):
@@ -110,24 +113,24 @@ def test_what_cannot_be_classified_is_named(run, picture, error_of, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no picture")
     ask = ["predict", "--profile", profile, "--arm", "scratch"]
-    assert "nowhere.png is not there" in error_of([*ask, "nowhere.png"])
+    assert "nowhere.png does not exist" in error_of([*ask, "nowhere.png"])
     assert "is a folder" in error_of([*ask, str(tmp_path)])
     assert "text.png cannot be read as an image" in error_of([*ask, str(picture("a.png")), str(text)])
     assert "--top: 0" in error_of([*ask, "--top", "0", str(text)])
     assert "none for --arm kd_mean_prob" in error_of(["predict", "--profile", profile, str(text)])
     shutil.rmtree(settings.run_folder / "students")
-    assert "is gone; run the notebooks again" in error_of([*ask, str(picture("a.png"))])
+    assert "is missing; run the notebooks again" in error_of([*ask, str(picture("a.png"))])
 
 
 @pytest.mark.parametrize("command", [["predict", "a.png"], ["export"]])
 def test_without_a_run_there_is_no_student(error_of, tiny_profile, command):
-    assert "train some first: python -m kdutils run" in error_of([*command, "--profile", tiny_profile()])
+    assert "run python -m kdutils run --profile" in error_of([*command, "--profile", tiny_profile()])
 
 
 def test_another_network_is_told_from_the_present_one(run, monkeypatch):
     _, settings, _ = run
-    monkeypatch.setattr("kdutils.models.SmallCNN", lambda classes: torch.nn.Linear(3, classes))
-    assert "does not fit the present SmallCNN" in message_of(load_student, find_student(settings.run_folder, "scratch"))
+    monkeypatch.setattr("kdutils.students.SmallCNN", lambda classes: torch.nn.Linear(3, classes))
+    assert "does not fit today's SmallCNN" in message_of(load_student, find_student(settings.run_folder, "scratch"))
 
 
 def test_torchscript_gives_the_same_logits_and_carries_the_classes(run, toy_data, capsys, tmp_path):
@@ -166,4 +169,4 @@ def test_a_file_that_answers_otherwise_is_not_kept(run, error_of, monkeypatch):
     profile, settings, _ = run
     monkeypatch.setattr("kdutils.models.MEAN", (0.0, 0.0, 0.0))
     message = error_of(["export", "--profile", profile, "--arm", "scratch", "--format", "torchscript"])
-    assert "was not kept" in message and not list((settings.run_folder / "export").iterdir())
+    assert "was deleted" in message and not list((settings.run_folder / "export").iterdir())

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -115,23 +114,26 @@ class _Bench(NamedTuple):
 
 
 class _RandomTeacher(NamedTuple):
-    """A teacher with random soft labels float16 [N, V, C], one for every (index, view)."""
+    """A teacher of one run, with random soft labels float16 [N, V, C]: one for every (index, view) of its images."""
 
     arch: str
     soft_labels: Tensor
 
-    def run_for(self, student_seed: int) -> SimpleNamespace:
-        return SimpleNamespace(view_logits=self.soft_labels)
+    def logits(self, images: Tensor, view: int = 0) -> Tensor:
+        return self.soft_labels[None, :, view]
+
+    def number_for(self, student_seed: int) -> int:
+        return 0
 
 
 def _features(work: FineTuning, count: int) -> Tensor:
     """Features float16 [count, ...] of the first training images in view 0: computed now, and not kept."""
-    return work.block_features("train", slice(count), 0)[0]["features"]
+    return work._make_features(work.dataset.train.images[:count], 0)[0]["features"]
 
 
 def _train_on(work: FineTuning, features: Tensor) -> None:
     """Make the fine-tuning look up these features [V, N, ...] of its training images."""
-    work.cached = features
+    work.training_features = features
 
 
 # --- the work: our way, the tutorial's, and the bare step ---

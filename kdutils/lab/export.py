@@ -1,4 +1,4 @@
-"""A trained student as a file that needs nothing of this project: ONNX or TorchScript, checked against the original."""
+"""Writes a trained student as ONNX or TorchScript, which need nothing of this project, and checks the file."""
 
 import importlib
 import inspect
@@ -19,11 +19,11 @@ from kdutils.training import predict
 SUFFIX = {"onnx": ".onnx", "torchscript": ".pt"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 METADATA = "metadata.json"  # the file inside a TorchScript archive
-TOLERANCE = 1e-3  # of logits: other libraries add up in another order
+TOLERANCE = 1e-3  # of logits: other libraries sum in another order
 
 
 class Classifier(nn.Module):
-    """A student that takes pictures as they are: uint8 [N, 3, 32, 32] (RGB, 0 to 255), to logits float32 [N, C]."""
+    """A student that normalises its input itself: uint8 [N, 3, 32, 32] (RGB, 0 to 255) to logits float32 [N, C]."""
 
     mean: Tensor
     std: Tensor
@@ -41,8 +41,8 @@ class Classifier(nn.Module):
 def export_student(network: SmallCNN, metadata: dict[str, str], form: str, path: Path) -> float:
     """Write a student, its normalisation and the metadata to `path` as `onnx` or `torchscript`.
 
-    What was written is read again and asked about random pictures: returns the largest difference of its logits from
-    the student's own. Raises `UserError` where a package is missing, or where they differ (then nothing is written).
+    Reads the file again and returns the largest difference between its logits and the student's own on random
+    pictures. Raises `UserError` where a package is missing, or where the logits differ (then nothing is written).
     """
     write = {"onnx": _write_onnx, "torchscript": _write_torchscript}[form]
     pictures = torch.randint(256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -52,12 +52,12 @@ def export_student(network: SmallCNN, metadata: dict[str, str], form: str, path:
 
     def write_and_check(temporary: Path) -> None:
         logits = write(classifier, pictures, metadata, temporary)
-        # with another batch size than the one it was made with, too
+        # also with another batch size than the file was made with
         found.extend(float((logits(pictures[:n]) - expected[:n]).abs().max()) for n in (1, len(pictures)))
         if not max(found) <= TOLERANCE:
             raise UserError(
-                f"export: the logits of the {form} file differ by {max(found):.2g} from the student's, so it was not "
-                f"kept; try --format {'torchscript' if form == 'onnx' else 'onnx'}"
+                f"export: the logits of the {form} file differ from the student's by {max(found):.2g}, so it was "
+                f"deleted; try --format {'torchscript' if form == 'onnx' else 'onnx'}"
             )
 
     write_atomically(path, write_and_check)
@@ -68,7 +68,7 @@ def _write_torchscript(
     classifier: Classifier, pictures: Tensor, metadata: dict[str, str], path: Path
 ) -> Callable[[Tensor], Tensor]:
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch names its successors; the format is still asked for
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch recommends its successor
         traced = torch.jit.trace(classifier, pictures)
         torch.jit.save(traced, str(path), _extra_files={METADATA: json.dumps(metadata)})
         return torch.inference_mode()(torch.jit.load(str(path)))
@@ -81,7 +81,7 @@ def _write_onnx(
         onnx, _, onnxruntime = (importlib.import_module(name) for name in ONNX_PACKAGES)
     except ImportError as error:
         raise UserError(
-            f"export: ONNX needs packages that are not here ({error}); type: pip install {' '.join(ONNX_PACKAGES)}"
+            f"export: ONNX needs packages that are not installed ({error}); pip install {' '.join(ONNX_PACKAGES)}"
         ) from error
     names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["logits"]}
     dynamo = inspect.signature(torch.onnx.export).parameters.get("dynamo")
@@ -91,7 +91,7 @@ def _write_onnx(
     else:  # torch before 2.9
         options = {"dynamic_axes": {"pixels": {0: "N"}, "logits": {0: "N"}}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about torch's own insides
+        warnings.simplefilter("ignore")  # they concern torch's internals
         torch.onnx.export(classifier, (pictures,), str(path), **names, **options)
     model = onnx.load(path)
     onnx.helper.set_model_props(model, metadata)
