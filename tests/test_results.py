@@ -36,7 +36,7 @@ def students(dataset, *wrong):
 def a_teacher(arch, dataset, *wrong):
     """A teacher with a run for each of the tuples of images that it is wrong about."""
     runs = [
-        TeacherRun(arch, "last_block", run.seed, {}, run.logits, torch.empty(0), 0.0, f"{arch} {run.seed}")
+        TeacherRun(arch, "last_block", run.seed, {}, run.logits, 0.0, f"{arch} {run.seed}")
         for run in students(dataset, *wrong)
     ]
     return SimpleNamespace(arch=arch, trainable="last_block", runs=runs, run_for=lambda seed: runs[seed % len(runs)])
