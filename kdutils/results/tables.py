@@ -396,6 +396,11 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def results_frame(folder: Path) -> pd.DataFrame:
+    """`results_table` of a run or of the committed report."""
+    return results_table(read_results(folder))
+
+
 def times_table(folder: Path) -> pd.DataFrame:
     """What took how long in a run: a row a stage, all its seeds together, and the total."""
     times = pd.read_csv(folder / "timings.csv")
