@@ -22,16 +22,16 @@ from kdutils.teachers import Teacher, fine_tune, soft_labels
 
 LONG = 100  # epochs of the group `epochs`
 # the best of twelve trials each on validation images (report/sweeps/cifar10-standin)
-TUNED: dict[str, dict[str, float]] = {  # the loss of Hinton et al., by teacher
+TUNED: dict[str, dict[str, Any]] = {  # the loss of Hinton et al., by teacher
     "resnet50": {"temperature": 2.0, "alpha": 0.25},
     "resnet18": {"temperature": 8.0, "alpha": 0.25},
 }
-OTHER_LOSSES: dict[str, dict[str, float]] = {
+OTHER_LOSSES: dict[str, dict[str, Any]] = {
     "dkd": {"temperature": 2.0, "alpha": 0.25},
     "dist": {"temperature": 4.0, "alpha": 0.75},
     "kd_standardized": {"temperature": 2.0, "alpha": 0.5},
 }
-TWO_VIEWS = {"max_shift": 0, "shift_step": 1}  # an image and its mirror image
+TWO_VIEWS: dict[str, Any] = {"max_shift": 0, "shift_step": 1}  # an image and its mirror image
 
 
 class Entry(NamedTuple):

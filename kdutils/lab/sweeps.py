@@ -62,7 +62,7 @@ def run_sweep(
     """
     if changed := {*OF_THE_DATA} & {name for values in sweep.trials.values() for name in values}:
         raise UserError(
-            f"sweep: {sweep.name} changes {min(changed)}; all trials must see the same images: leave it out"
+            f"sweep: {sweep.name} changes {min(changed)}; all trials must see the same images; leave it out"
         )
     trials = {name: _trial(sweep.what, values, profile, parameters) for name, values in sweep.trials.items()}
     first = next(iter(trials.values())).settings
@@ -76,7 +76,8 @@ def run_sweep(
     job_of: dict[str, str] = {}  # by what is done
     for (name, trial), fold, seed in itertools.product(trials.items(), sweep.folds, sweep.seeds):
         job = f"{name}, fold {fold}, seed {seed}"
-        done_by = job_of.setdefault(json.dumps([trial._replace(settings=trial.settings.identity()), fold, seed]), job)
+        done = [trial.settings.identity(), trial.teachers, trial.rule, fold, seed]
+        done_by = job_of.setdefault(json.dumps(done), job)
         if done_by == job:
             jobs[job] = partial(_try, trial, images, fold, seed)
         rows.append((name, done_by))
