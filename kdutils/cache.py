@@ -23,19 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kdutils.progress import tell
 from kdutils.settings import UserError, shown_path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    import msvcrt
-
-    fcntl = None  # type: ignore[assignment]
 
 History = dict[str, list[float]]  # a value an epoch
 # seconds between checkpoints, at least: within an epoch; at its end, so that what is cut goes on within one epoch
@@ -236,71 +230,47 @@ def _writing_to(folder: Path, setting: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold what is written to `path` for this process alone; wait, with a line that names the holder, where another
-    holds it: a second notebook, a batch, a machine that shares the folder.
+    """Let one process at a time write to `path`: a notebook, a batch run, a machine that shares the folder.
 
-    A process that is killed lets go. Where the file system knows no locks there is a warning in place of one: files
-    are put in place whole, so the worst is that two make the same.
+    Who comes second waits, and a line names the holder. A process that is killed lets go. Where the file system has no
+    locks, a warning says so and the work goes on: files are put in place whole, so at worst two make the same.
     """
     file = path.with_name(f"{path.name}.lock")
-    descriptor = _locked(file, path)
+    with _writing_to(file.parent, "runs_dir"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    held = FileLock(file, fallback_to_soft=False)  # a soft lock would outlive a process that is killed
+    _acquire(held, file, path)
     try:
         yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file; then it stays, and does no harm
+    finally:  # removed before it is let go: whoever waited for it takes a new file
+        with contextlib.suppress(OSError):  # Windows removes no open file; it stays and does no harm
             file.unlink()
-        with contextlib.suppress(OSError):
-            if fcntl:
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # also where a child process has inherited it
-        os.close(descriptor)
+        held.release()
 
 
-def _locked(file: Path, path: Path) -> int:
-    told, tries = False, 0
-    while True:
-        with _writing_to(file.parent, "runs_dir"):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        if not _try_to_lock(descriptor):
-            holder = os.read(descriptor, 200).decode(errors="replace")
-            os.close(descriptor)
-            tries += 1
-            if not told and (holder or tries > 5):  # it has a moment to write who it is
-                tell(f"{shown_path(path)}: waiting for {holder or 'another process'}, which is at work on it")
-                told = True
-            time.sleep(0.1)
-        elif not _is_there(descriptor, file):  # removed by the process that held it
-            os.close(descriptor)
-        else:
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            with contextlib.suppress(OSError):  # a full disk is told by what is written next
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} (since {since})".encode())
-            return descriptor
-
-
-def _try_to_lock(descriptor: int) -> bool:
-    """Whether this process has the lock now; also where there are none."""
+def _acquire(held: BaseFileLock, file: Path, path: Path) -> None:
     try:
-        if fcntl:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            os.lseek(descriptor, 1000, os.SEEK_SET)  # behind the holder's name, which others read
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-            os.lseek(descriptor, 0, os.SEEK_SET)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            tell(f"{shown_path(path)}: waiting for {_holder(file)}, which is at work on it")
+            held.acquire()
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            return False
-        warnings.warn(f"no locks here ({error.strerror}): two runs at once may make the same twice", stacklevel=2)
-    return True
+        warnings.warn(f"no locks here ({error.strerror}): two runs at once may make the same twice", stacklevel=4)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    with contextlib.suppress(OSError):  # a full disk is told by what is written next
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()} (since {since})", encoding="utf-8")
 
 
-def _is_there(descriptor: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except OSError:
-        return False
+def _holder(file: Path) -> str:
+    """Who holds a lock, as its file says; the holder has a moment to write it."""
+    for _ in range(5):
+        with contextlib.suppress(OSError):
+            if text := file.read_text(encoding="utf-8", errors="replace"):
+                return text
+        time.sleep(0.1)
+    return "another process"
 
 
 @contextlib.contextmanager

@@ -4,16 +4,15 @@ import csv
 import errno
 import json
 import multiprocessing
+import os
 import shlex
 import socket
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kdutils import cache as runs
 from kdutils.cache import cache_path, cached, check_writable, lock, write_atomically, write_text
 from kdutils.results.tables import RESULT_COLUMNS, provenance, record, rerun_command, results_checksum
 from kdutils.settings import ROOT, UserError, load_settings
@@ -308,7 +307,7 @@ def test_who_comes_second_is_told_who_is_at_work_and_waits(tmp_path, holder, cap
 def test_who_waited_loads_what_the_other_made(tmp_path, monkeypatch):
     """Threads, each with a lock of its own: the maker, slow until the others wait, is asked once."""
     make, found, told = Maker(), [], []
-    monkeypatch.setattr("kdutils.progress.tell", told.append)
+    monkeypatch.setattr("kdutils.cache.tell", told.append)
 
     def slow():
         deadline = time.monotonic() + 60
@@ -336,11 +335,14 @@ def test_in_a_batch_waiting_is_told_in_its_log(tmp_path, holder, monkeypatch, ca
     assert "waiting for process" in (tmp_path / "log").read_text() and capsys.readouterr().out == ""
 
 
-def test_where_there_are_no_locks_there_is_a_warning_and_the_work_goes_on(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_where_there_are_no_locks_there_is_a_warning_and_the_work_goes_on(tmp_path, monkeypatch, number):
+    fcntl = pytest.importorskip("fcntl")
 
-    monkeypatch.setattr(runs, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8))
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.warns(UserWarning, match="no locks here .*two runs at once may make the same twice"):
         assert same(cached(tmp_path, "x", {}, Maker()))
     assert len(list(tmp_path.iterdir())) == 1
