@@ -18,7 +18,7 @@ CELL = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from kdutils.progress import progress_lines
+from kdutils.progress import TrainingProgress, progress_lines
 from kdutils.training import Recipe, fit
 
 x, labels = torch.zeros(8, 3), torch.arange(8) % 2
@@ -28,7 +28,7 @@ for _ in progress_lines(range(5), "views"):
 fit(
     torch.nn.Linear(3, 2), lambda index, view: x[index], labels,
     lambda logits, index, view: torch.nn.functional.cross_entropy(logits, labels[index]),
-    recipe, num_views=1, seed=0, validation=(x, labels), name="thing",
+    recipe, num_views=1, seed=0, validation=(x, labels), progress=TrainingProgress("thing"),
 )
 print("done")
 """
