@@ -19,8 +19,8 @@ REGISTRATIONS = "torchvision._meta_registrations"
 def ensure_torchvision() -> ModuleType:
     """Import torchvision and return it, curing the one failure described above.
 
-    Raises ImportError where the same failure meets a torch with CUDA or ROCm: there the two packages do not
-    belong together, and the remedy is to install a fitting pair. Any other error passes through unchanged.
+    Raises ImportError where the same failure meets a torch with CUDA or ROCm: there the two packages do not match,
+    and the remedy is to install a matching pair. Any other error passes through unchanged.
     """
     try:
         return importlib.import_module("torchvision")
@@ -31,7 +31,7 @@ def ensure_torchvision() -> ModuleType:
         if torch.version.cuda is not None or torch.version.hip is not None:
             raise ImportError(
                 f"torchvision does not fit torch {torch.__version__} (its operators cannot be loaded); "
-                "install the pair that belongs together: pip install --force-reinstall torch torchvision"
+                "install a matching pair: pip install --force-reinstall torch torchvision"
             ) from error
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # what the failed import left behind

@@ -33,7 +33,7 @@ def names(requirements):
 def imported_packages():
     """Top-level names of the third-party modules that kdutils imports, as packages of the index."""
     found = set()
-    for path in (ROOT / "kdutils").glob("*.py"):
+    for path in (ROOT / "kdutils").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.partition(".")[0] for alias in node.names}
@@ -58,20 +58,20 @@ def test_every_import_is_required():
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_constraints_pin_every_requirement_once(python):
-    pins = [
-        pin
-        for pin in read_requirements("constraints.txt")
-        if pin.marker is None or pin.marker.evaluate({"python_version": python})
-    ]
-    pinned = {canonicalize_name(pin.name): pin for pin in pins}
-    assert len(pinned) == len(pins)
-    for pin in pins:
-        assert [specifier.operator for specifier in pin.specifier] == ["=="], pin
+    pins = [pin for pin in read_requirements("constraints.txt")
+            if pin.marker is None or pin.marker.evaluate({"python_version": python})]  # fmt: skip
+    versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert len(versions) == len(pins) and all(str(pin.specifier).startswith("==") for pin in pins)
     required = read_requirements("requirements.txt")
-    assert names(required) | {"pytest", "hypothesis", *OPTIONAL} <= set(pinned)
+    assert names(required) | {"pytest", "hypothesis", *OPTIONAL} <= versions.keys()
     for requirement in required:
-        version = next(iter(pinned[canonicalize_name(requirement.name)].specifier)).version
-        assert requirement.specifier.contains(version), requirement
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+def test_every_subpackage_is_installed():
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "kdutils").rglob("__init__.py")}
+    listed = re.search(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert {*ast.literal_eval(listed[1])} == packages
 
 
 def test_ruff_is_the_same_by_hand_and_before_a_commit():
@@ -91,9 +91,12 @@ def run_make(*arguments, **options):
 
 
 @make
-@pytest.mark.parametrize("target", "help setup demo report pdf test clean distclean".split())
+@pytest.mark.parametrize("target", [
+    "help", "setup", "tex", "demo", "report", "pdf", "test", "test-other-cpu", "soak", "bench", "stamp ADDRESS=x", "clean",
+    "distclean",
+])  # fmt: skip
 def test_targets_can_be_made(target):
-    result = run_make("-C", str(ROOT), "-n", target)
+    result = run_make("-C", str(ROOT), "-n", *target.split())
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() and not result.stderr.strip()
 
@@ -102,8 +105,8 @@ def test_targets_can_be_made(target):
 def test_help_is_the_default_and_names_real_targets():
     shown = run_make(cwd=ROOT).stdout
     assert shown == run_make("help", cwd=ROOT).stdout
-    defined = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z]+)", shown))
+    defined = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", shown))
     assert {"setup", "demo", "report", "pdf", "test", "clean"} <= named <= defined
 
 
@@ -213,36 +216,36 @@ def test_a_python_without_venv_gets_the_command_to_type(checkout):
 
 @make
 def test_report_hands_every_value_on_whole(checkout):
-    result = run_in(
-        checkout,
-        "report",
-        "PROFILE=mine",
-        "DATA=folder:my data/it's",
-        "DATA_NAME=My ten classes",
-        "WEIGHTS=my weights",
-        'PARAMS=-p epochs 60 -p seeds "[0, 1]"',
-    )
+    values = ["PROFILE=mine", "DATA=folder:my data/it's", "DATA_NAME=My ten classes", "WEIGHTS=my weights"]
+    result = run_in(checkout, "report", *values, 'PARAMS=-p epochs 60 -p seeds "[0, 1]"')
+    given = [["data", "folder:my data/it's"], ["data_name", "My ten classes"], ["weights", "my weights"],
+             ["epochs", "60"], ["seeds", "[0, 1]"]]  # fmt: skip
     assert result.returncode == 0, result.stderr
-    given = [
-        "--profile",
-        "mine",
-        "-p",
-        "data",
-        "folder:my data/it's",
-        "-p",
-        "data_name",
-        "My ten classes",
-        "-p",
-        "weights",
-        "my weights",
-        "-p",
-        "epochs",
-        "60",
-        "-p",
-        "seeds",
-        "[0, 1]",
-    ]
-    assert result.stdout.splitlines() == ["-m", "kdutils", "run", *given, "--report", "--out", "report"]
+    assert result.stdout.splitlines() == [
+        "-m", "kdutils", "run", "--profile", "mine", *sum([["-p", *pair] for pair in given], []), "--report", "--out", "report",
+    ]  # fmt: skip
+
+
+@make
+def test_stamp_hands_on_the_address_and_asks_for_one(checkout):
+    address = "https://github.com/me/it's"
+    assert run_in(checkout, "stamp", f"ADDRESS={address}").stdout.splitlines() == ["-m", "kdutils", "stamp", address]
+    with_ref = run_in(checkout, "stamp", f"ADDRESS={address}", "REF=main").stdout.splitlines()
+    assert with_ref[3:] == [address, "--ref", "main"]
+    result = run_in(checkout, "stamp")
+    assert result.returncode != 0 and "make stamp ADDRESS=https://" in result.stderr
+
+
+@make
+def test_the_other_processor_is_one_that_this_is_not(checkout):
+    """The numerical tests run with kernels that torch has, and that are not those it takes here."""
+    python = checkout / ".venv" / "bin" / "python"
+    kernels = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' -W error -c '{kernels}'\n")
+    here = subprocess.run([sys.executable, "-c", kernels], capture_output=True, text=True).stdout.strip()
+    result = run_in(checkout, "test-other-cpu")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] in {"AVX2", "DEFAULT"} - ({here} if here != "DEFAULT" else set())
 
 
 @make
@@ -253,15 +256,8 @@ def test_variables_of_the_surrounding_shell_do_not_leak(checkout):
 
 @make
 def test_clean_leaves_what_is_not_its_own(checkout):
-    kept = [
-        "data/a.log",
-        "weights/b.aux",
-        "runs/demo/__pycache__/c",
-        "report/report.tex",
-        "report/generated/d.tex",
-        ".venv/bin/python",
-        "kdutils/e.py",
-    ]
+    kept = ["data/a.log", "weights/b.aux", "runs/demo/__pycache__/c", "report/report.tex", "report/generated/d.tex",
+            ".venv/bin/python", "kdutils/e.py"]  # fmt: skip
     gone = ["report/report.aux", "report/report.latex/x.pdf", "kdutils/__pycache__/y.pyc", ".pytest_cache/z"]
     for name in kept + gone:
         path = checkout / name
