@@ -54,6 +54,12 @@ def _styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
     return draw
 
 
+def _panel(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this size in inches with one pair of axes."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
 def _look(number: int) -> dict[str, Any]:
     """Colour and marker of the classifier of a number."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
@@ -123,8 +129,7 @@ def _mosaic(images: Tensor, columns: int, left: float) -> tuple[Figure, Axes, tu
     in_rows = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
     picture = in_rows.reshape(rows * height, columns * width, channels)[:-gap, :-gap]
     down, across = picture.shape[:2]
-    figure = Figure(figsize=(WIDTH, (WIDTH - left) * down / across + 0.05))
-    axes = figure.add_subplot()
+    figure, axes = _panel(WIDTH, (WIDTH - left) * down / across + 0.05)
     axes.imshow(picture.numpy(), interpolation="nearest", extent=(0, across, down, 0))
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
@@ -218,8 +223,7 @@ def confusion(matrix: Any, classes: Sequence[str]) -> Figure:
     counts = np.asarray(matrix, dtype=float)
     images = counts.sum(axis=1, keepdims=True)
     percent = np.divide(100 * counts, images, out=np.full_like(counts, np.nan), where=images > 0)
-    figure = Figure(figsize=(5.2, 4.5))
-    axes = figure.add_subplot()
+    figure, axes = _panel(5.2, 4.5)
     texts = [[f"{share:.0f}" for share in row] for row in percent]
     _heat_map(axes, percent, texts, "share of the true class (%)", limits=(0, 100), shrink=0.85)
     axes.set(xlabel="predicted class", ylabel="true class", aspect="equal")
@@ -241,8 +245,7 @@ def setting_map(
     """
     groups = frame.groupby([rows, columns])[value]
     means, deviations = 100 * groups.mean().unstack(), 100 * groups.std().unstack()
-    figure = Figure(figsize=(min(WIDTH, 1.5 + 0.78 * means.shape[1]), 0.9 + 0.5 * means.shape[0]))
-    axes = figure.add_subplot()
+    figure, axes = _panel(min(WIDTH, 1.5 + 0.78 * means.shape[1]), 0.9 + 0.5 * means.shape[0])
     pairs = zip(means.to_numpy(), deviations.to_numpy())
     texts = [[f"{m:.1f}" + (f"\n±{sd:.1f}" if np.isfinite(sd) else "") for m, sd in zip(*pair)] for pair in pairs]
     _heat_map(axes, means.to_numpy(), texts, "validation accuracy (%)")
@@ -287,8 +290,7 @@ def arm_comparison(frame: pd.DataFrame) -> Figure:
     frame: columns arm, label (how the arm is called here), seed, accuracy (a fraction).
     """
     found = _by_group(frame, "arm", "accuracy")
-    figure = Figure(figsize=(WIDTH, 0.75 + 0.3 * len(found)))
-    axes = figure.add_subplot()
+    figure, axes = _panel(WIDTH, 0.75 + 0.3 * len(found))
     rows = np.arange(len(found))
     places = frame["arm"].map(dict(zip(found.index, rows - 0.2)))
     axes.plot(
@@ -404,8 +406,7 @@ def gain_against_teacher(frame: pd.DataFrame) -> Figure:
     frame: a row per teacher with columns label, accuracy (a fraction), gain, low, high (points; nan for no
     interval) and, for the teacher's own interval, accuracy_low and accuracy_high (fractions).
     """
-    figure = Figure(figsize=(HALF, 2.7))
-    axes = figure.add_subplot()
+    figure, axes = _panel(HALF, 2.7)
     axes.axhline(0, color="0.45", linewidth=0.9)
     for number, row in enumerate(frame.to_dict("records")):
         look, accuracy = _look(number), 100 * row["accuracy"]
@@ -427,8 +428,7 @@ def class_gain(tables: Mapping[str, pd.DataFrame]) -> Figure:
     tables: {label of the arm: table as of `metrics.per_class_difference`, of the same classes in all}.
     """
     classes = next(iter(tables.values()))["class"].tolist()
-    figure = Figure(figsize=(WIDTH, 0.8 + (0.16 + 0.13 * len(tables)) * len(classes)))
-    axes = figure.add_subplot()
+    figure, axes = _panel(WIDTH, 0.8 + (0.16 + 0.13 * len(tables)) * len(classes))
     axes.axvline(0, color="0.45", linewidth=0.9)
     for number, (label, table) in enumerate(tables.items()):
         places = np.arange(len(classes)) + 0.8 * ((number + 0.5) / len(tables) - 0.5)
@@ -452,8 +452,7 @@ def agreement_bars(frame: pd.DataFrame) -> Figure:
     drawn in the order of the frame.
     """
     parts, groups = frame["part"].unique().tolist(), frame.groupby("label", sort=False)
-    figure = Figure(figsize=(HALF, 2.7))
-    axes = figure.add_subplot()
+    figure, axes = _panel(HALF, 2.7)
     width = 0.8 / len(groups)
     for number, (label, of_label) in enumerate(groups):
         found = _by_group(of_label, "part", "agreement").reindex(parts)
@@ -479,8 +478,7 @@ def accuracy_against_epochs(frame: pd.DataFrame) -> Figure:
 
     frame: columns label (the arm), epochs, seed and accuracy (a fraction).
     """
-    figure = Figure(figsize=(HALF, 3.1))
-    axes = figure.add_subplot()
+    figure, axes = _panel(HALF, 3.1)
     numbers, groups = sorted(set(frame["epochs"])), frame.groupby("label", sort=False)
     for number, (label, of_label) in enumerate(groups):
         look, found = _look(number), _by_group(of_label, "epochs", "accuracy").sort_index()
