@@ -155,14 +155,14 @@ def run(options: argparse.Namespace) -> None:
     settings = _settings(options)
     from kdutils.lab.study import check_groups
     from kdutils.report import batch
-    from kdutils.results.tables import results_frame, text_table
+    from kdutils.results.tables import read_results, results_table, text_table
 
     check_groups(settings.study)
     settings = batch.run(options.profile, _parameters(options))
     if options.report:
         _make_report(settings, options)
     else:
-        print(text_table(results_frame(settings.run_folder)))
+        print(text_table(results_table(read_results(settings.run_folder))))
 
 
 @command(*PROFILE, REPORT_FOLDER, option("--pdf-only", action="store_true", help="typeset what FOLDER/generated holds"))
@@ -184,11 +184,11 @@ def report(options: argparse.Namespace) -> None:
 def _make_report(settings: Settings, options: argparse.Namespace) -> None:
     from kdutils.report import batch
     from kdutils.report.latex import LatexMissing
-    from kdutils.results.tables import results_frame, text_table
+    from kdutils.results.tables import read_results, results_table, text_table
 
     out = _folder(options.out, settings.run_folder)
     generated = batch.export(settings, out)
-    print(text_table(results_frame(settings.run_folder)))
+    print(text_table(results_table(read_results(settings.run_folder))))
     try:
         print(f"report: {shown_path(batch.typeset(generated, out / 'report.pdf'))}")
     except LatexMissing as error:  # all but the PDF is there, and the message says how to get it
