@@ -53,6 +53,12 @@ def _styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
     return draw
 
 
+def _panel(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this size in inches with one pair of axes."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
 def _look(number: int) -> dict[str, Any]:
     """Colour and marker of the classifier of a number."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
@@ -117,8 +123,7 @@ def _mosaic(images: Tensor, columns: int, left: float) -> tuple[Figure, Axes, tu
     in_rows = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)
     picture = in_rows.reshape(rows * height, columns * width, channels)[:-gap, :-gap]
     down, across = picture.shape[:2]
-    figure = Figure(figsize=(WIDTH, (WIDTH - left) * down / across + 0.05))
-    axes = figure.add_subplot()
+    figure, axes = _panel(WIDTH, (WIDTH - left) * down / across + 0.05)
     axes.imshow(picture.numpy(), interpolation="nearest", extent=(0, across, down, 0))
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
@@ -204,8 +209,7 @@ def confusion(matrix: Any, classes: Sequence[str]) -> Figure:
     counts = np.asarray(matrix, dtype=float)
     images = counts.sum(axis=1, keepdims=True)
     percent = np.divide(100 * counts, images, out=np.full_like(counts, np.nan), where=images > 0)
-    figure = Figure(figsize=(5.2, 4.5))
-    axes = figure.add_subplot()
+    figure, axes = _panel(5.2, 4.5)
     shares = pd.DataFrame(percent, list(classes), list(classes))
     _heat_map(axes, shares, True, "share of the true class (%)", vmin=0, vmax=100, fmt=".0f", square=True)
     axes.set(xlabel="predicted class", ylabel="true class")
@@ -225,8 +229,7 @@ def setting_map(
     """
     groups = frame.groupby([rows, columns])[value]
     means, deviations = 100 * groups.mean().unstack(), 100 * groups.std().unstack()
-    figure = Figure(figsize=(min(WIDTH, 1.5 + 0.78 * means.shape[1]), 0.9 + 0.5 * means.shape[0]))
-    axes = figure.add_subplot()
+    figure, axes = _panel(min(WIDTH, 1.5 + 0.78 * means.shape[1]), 0.9 + 0.5 * means.shape[0])
     pairs = zip(means.to_numpy(), deviations.to_numpy())
     texts = [[f"{m:.1f}" + (f"\n±{sd:.1f}" if np.isfinite(sd) else "") for m, sd in zip(*pair)] for pair in pairs]
     _heat_map(axes, means, texts, "validation accuracy (%)", fmt="")
@@ -262,8 +265,7 @@ def arm_comparison(frame: pd.DataFrame) -> Figure:
     frame: columns arm, label (how the arm is called here), seed, accuracy (a fraction).
     """
     found = _by_group(frame, "arm", "accuracy")
-    figure = Figure(figsize=(WIDTH, 0.75 + 0.3 * len(found)))
-    axes = figure.add_subplot()
+    figure, axes = _panel(WIDTH, 0.75 + 0.3 * len(found))
     rows = np.arange(len(found))
     places = frame["arm"].map(dict(zip(found.index, rows - 0.2)))
     axes.plot(
@@ -273,7 +275,7 @@ def arm_comparison(frame: pd.DataFrame) -> Figure:
         axes.hlines(rows + 0.12, found["low"], found["high"], color=COLOURS[1], linewidth=1.6, label="95 % interval")
     axes.plot(found["mean"], rows + 0.12, "D", markersize=5, color=COLOURS[1], label="mean")
     for row, mean in zip(rows, found["mean"]):
-        axes.text(mean, row + 0.25, f"{mean:.1f}", ha="center", va="top", fontsize=7)
+        axes.text(mean, row + 0.28, f"{mean:.1f}", ha="center", va="top", fontsize=7)
     _name_rows(axes, frame.drop_duplicates("arm")["label"].tolist())
     axes.set(ylim=(len(found) - 0.3, -0.6), xlabel="accuracy (%)")
     figure.legend(loc="outside lower right", ncols=3)
@@ -286,8 +288,7 @@ def accuracy_against_epochs(frame: pd.DataFrame) -> Figure:
 
     frame: columns label (the arm), epochs, seed and accuracy (a fraction).
     """
-    figure = Figure(figsize=(HALF, 3.1))
-    axes = figure.add_subplot()
+    figure, axes = _panel(HALF, 3.1)
     numbers, groups = sorted(set(frame["epochs"])), frame.groupby("label", sort=False)
     for number, (label, of_label) in enumerate(groups):
         look, found = _look(number), _by_group(of_label, "epochs", "accuracy").sort_index()
