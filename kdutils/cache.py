@@ -393,16 +393,6 @@ def describe(function: Callable, within: tuple[Callable, ...] = ()) -> dict:
     return {"name": function.__qualname__, "code": source_of(function), "bound": defaults | bound, "around": around}
 
 
-def describe_builder(build: Callable) -> dict:
-    """The identity of what builds a network, for fingerprints: its code, and the plain arguments bound to it."""
-    arguments: list[object] = []
-    while isinstance(build, functools.partial):
-        arguments += [repr(value) for value in build.args]
-        arguments += [f"{name}={value!r}" for name, value in build.keywords.items()]
-        build = build.func
-    return {"name": build.__qualname__, "code": source_of(build), "arguments": arguments}
-
-
 def _globals_used(code: types.CodeType) -> set[str]:
     """Names that a function reads from around it, comprehensions within included (attributes are not among them)."""
     names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}

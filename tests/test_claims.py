@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import message_of
 
-from kdutils.report.claims import CLAIMS, FEW_SEEDS, PRIMARY, claim_values, primary_table, verdict
-from kdutils.results.metrics import Difference
+from kdutils.report.claims import CLAIMS, FEW_SEEDS, PRIMARY, claim_values, primary_table
 from kdutils.students import StudentRun
 
 BOTH = "resnet50+resnet18"
@@ -50,15 +49,6 @@ def moved(frame, arm, accuracies, split="test", **where):
         chosen &= frame[column] == value
     frame.loc[chosen, "value"] = frame.loc[chosen, "seed"].map(dict(enumerate(accuracies)))
     return frame
-
-
-@pytest.mark.parametrize("difference, p_value, expected", [
-    ((1.0, 0.2, 1.8, 5), 0.01, "higher"), ((-1.0, -1.8, -0.2, 3), float("nan"), "lower"),
-    ((0.3, -0.2, 0.8, 5), 0.2, "no clear difference"), ((1.0, 0.2, 1.8, 5), 0.06, "no clear difference"),
-    ((9.0, 8.9, 9.1, 2), float("nan"), ""), ((9.0, float("nan"), float("nan"), 1), float("nan"), ""),
-])  # fmt: skip
-def test_the_verdict_needs_an_interval_without_zero_and_a_corrected_p_value(difference, p_value, expected):
-    assert verdict(Difference(*difference), p_value) == expected
 
 
 @pytest.mark.parametrize("two, said", [

@@ -1,4 +1,4 @@
-"""kdutils.results: rows of results.csv, tables of trained networks, what networks cost."""
+"""kdutils.results: rows of results.csv, tables of trained networks."""
 
 import dataclasses
 import json
@@ -9,12 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from kdutils.cache import describe_builder
 from kdutils.losses import combine_teachers, cross_entropy
-from kdutils.models import SmallCNN, architecture
+from kdutils.models import SmallCNN
 from kdutils.results import metrics
 from kdutils.results.record import finish, flip_column, read_results, student_rows, teacher_rows
-from kdutils.results.tables import comparison, difference_text, following, gains, interval_text, is_right, model_costs
+from kdutils.results.tables import arms_table, comparison, difference_text, following, interval_text, is_right
 from kdutils.students import Method, StudentRun, train_students
 from kdutils.teachers import TeacherRun, ensemble
 
@@ -46,47 +45,6 @@ def a_teacher(arch, dataset, *wrong):
 def ten(toy_data):
     """A data set of ten images, the same in all parts."""
     return toy_data._replace(train=toy_data.test, val=toy_data.test)
-
-
-# --- what networks cost ---
-
-built = []
-
-
-class Counted(SmallCNN):
-    """A student that tells when it is built."""
-
-    def __init__(self, num_classes, wider=False):
-        super().__init__(num_classes)
-        built.append((num_classes, wider))
-
-
-def test_what_networks_cost_is_measured_once(tiny, toy_data):
-    built.clear()
-    entries = {"ten": partial(Counted, 10), "seven": partial(Counted, 7)}
-    costs = model_costs(entries, toy_data, tiny(), repeats=1)
-    assert costs["label"].tolist() == ["ten", "seven"] and built == [(10, False), (7, False)]
-    assert costs["parameters"].tolist() == [268_650, 268_650 - 3 * 129]
-    assert costs["megabytes"].tolist() == pytest.approx([1.0746, 1.073052])
-    assert costs["multiply_adds"].tolist() == [1_885_440, 1_885_440 - 3 * 128]
-    assert (costs[["latency", "latency_batched"]] > 0).all(axis=None)
-    assert model_costs(entries, toy_data, tiny(), repeats=1).equals(costs) and len(built) == 2
-    for build in (partial(Counted, 11), partial(Counted, 10, wider=True)):
-        model_costs({"ten": build}, toy_data, tiny(), repeats=1)
-    assert built[2:] == [(11, False), (10, True)]
-
-
-def other(num_classes):
-    return SmallCNN(num_classes)
-
-
-def test_a_builder_is_known_by_its_code_and_arguments():
-    resnet = partial(architecture, "resnet18", 32, 10)
-    assert describe_builder(resnet) == describe_builder(partial(partial(architecture, "resnet18", 32), 10))
-    others = [partial(architecture, "resnet50", 32, 10), partial(architecture, "resnet18", 64, 10), SmallCNN, Counted]
-    others += [partial(SmallCNN, 7), partial(SmallCNN, num_classes=7), partial(other, 7)]
-    found = [describe_builder(build) for build in (resnet, *others)]
-    assert all(one != another for i, one in enumerate(found) for another in found[:i])
 
 
 # --- rows ---
@@ -178,10 +136,15 @@ def test_a_comparison_gives_both_intervals_from_three_seeds_on(ten):
     assert interval_text(metrics.paired_difference([1], [0])) == "–"
 
 
-def test_a_gain_is_paired_by_seed_and_stands_beside_what_the_teacher_knows(ten):
-    scratch, kd = students(ten, [0, 1], [0], [0, 1, 2]), students(ten, [0], [], [0, 1])
-    row = gains({"ResNet-18": ([0.8, 0.9, 0.85], kd)}, scratch, ten).iloc[0]
-    assert row["label"] == "ResNet-18" and row["accuracy"] == pytest.approx(0.85)
-    assert row["accuracy_low"] < 0.8 and row["accuracy_high"] > 0.9
-    # ten points with every seed, though these differ among themselves
-    assert [row["gain"], row["low"], row["high"]] == pytest.approx([10, 10, 10])
+def test_an_arm_is_held_against_the_students_from_scratch_of_the_same_seeds():
+    found = {"scratch": {0: 0.5, 1: 0.6, 2: 0.7}, "kd": {2: 0.72, 1: 0.61, 3: 0.9}, "last_layer": {0: 0.8}}
+    rows = pd.DataFrame(
+        [
+            {"arm": arm, "teachers": "", "seed": seed, "split": "test", "metric": "accuracy", "value": value}
+            for arm, by_seed in found.items()
+            for seed, value in by_seed.items()
+        ]
+    )
+    table = arms_table(rows).set_index("Arm")
+    assert table["Against scratch"].to_dict() == {"scratch": "–", "kd": "+1.50", "last_layer": "–"}
+    assert table["Test (%)"]["scratch"] == "60.00 ± 10.00" and table["Test entropy"]["kd"] == "–"

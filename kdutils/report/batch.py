@@ -22,18 +22,14 @@ from kdutils.progress import Batch
 from kdutils.report.claims import claim_values
 from kdutils.report.latex import REPORT, build_pdf, export_notebooks, result_values, write_macros
 from kdutils.report.readme import update_pictures, update_readme
-from kdutils.results.metrics import paired_difference, parameter_count
+from kdutils.results.metrics import parameter_count
+from kdutils.results.record import read_provenance, read_results, results_checksum
 from kdutils.results.tables import (
-    TRAINED_PARTS,
     WORDS,
-    _read_provenance,
-    at_budget,
     minutes,
     of_the_tasks,
-    read_results,
-    results_checksum,
     results_table,
-    signed,
+    run_tables,
     text_table,
     times_table,
 )
@@ -166,7 +162,7 @@ def export(settings: Settings, out: Path) -> Path:
     """
     folder = settings.run_folder
     notebooks = [folder / "notebooks" / f"{name}.ipynb" for name in notebooks_of(settings)]
-    results, provenance = read_results(folder), _read_provenance(folder)
+    results, provenance = read_results(folder), read_provenance(folder)
     _check_same_run(settings, results, provenance, notebooks)
     generated = out / "generated"
     export_notebooks(notebooks, generated)
@@ -211,7 +207,7 @@ def _check_same_run(
 def renew_readme(readme: Path, generated: Path, notebooks: Sequence[Path]) -> None:
     """Make README.md's table of results, the note under it and its pictures anew from what `generated` and the executed
     notebooks hold."""
-    results, provenance = read_results(generated), _read_provenance(generated)
+    results, provenance = read_results(generated), read_provenance(generated)
     of_tasks = of_the_tasks(results, provenance["settings"]["epochs"])
     tables = {"": results_table(of_tasks), "All arms, the study's among them": results_table(results)}
     update_readme(readme, tables, readme_note(provenance))
@@ -227,7 +223,7 @@ def typeset(generated: Path, pdf: Path) -> Path:
     """Typeset `generated` into `pdf`; all that report.tex reads by name is made of the rows anew."""
     if not (generated / "notebooks.tex").is_file():
         raise UserError(f"report: {shown_path(generated)} holds nothing to typeset; run `make report` first")
-    write_macros(macros(read_results(generated), _read_provenance(generated)), generated)
+    write_macros(macros(read_results(generated), read_provenance(generated)), generated)
     for box in build_pdf(REPORT, generated, pdf):
         print(f"report: {box}")
     return pdf
@@ -291,36 +287,8 @@ def _copy_notebook(source: Path, target: Path) -> None:
     nbformat.write(notebook, target)
 
 
-def run_tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """The results of a run or of the report, by title; `folder` holds rows, provenance and times."""
-    results, provenance = read_results(folder), _read_provenance(folder)
-    values = result_values(results, provenance)
-    accuracy = at_budget(results, "", provenance.get("settings", {}).get("epochs"))
-    accuracy = accuracy[(accuracy.split == "test") & (accuracy.metric == "accuracy")]
-    by_seed = {arm: dict(zip(rows.seed, 100 * rows.value)) for arm, rows in accuracy.groupby(["arm", "teachers"])}
-    scratch = by_seed.get(("scratch", ""), {})
-    metrics = {"Train (%)": "train/accuracy", "Validation (%)": "val/accuracy", "Test (%)": "test/accuracy"}
-    metrics |= {"Test macro F1": "test/macro_f1", "Test entropy": "test/entropy"}
-    by_part, differences = [], []
-    for arm, teachers in results.sort_values("task", kind="stable")[["arm", "teachers"]].drop_duplicates().to_numpy():
-        named, found = {"Arm": arm, "Teachers": teachers or "–"}, by_seed.get((arm, teachers), {})
-        by_part.append(named | {name: values.get(f"{arm}/{teachers}/{key}/pm", "–") for name, key in metrics.items()})
-        seeds = [seed for seed in found if seed in scratch]
-        if seeds and arm not in (*TRAINED_PARTS, "scratch"):
-            mean, low, high, n = paired_difference([found[s] for s in seeds], [scratch[s] for s in seeds])
-            interval = f"{signed(low)} to {signed(high)}" if n >= 3 else "–"
-            differences.append(named | {"Points": signed(mean), "95 % interval": interval})
-    tables = {
-        "Test images": results_table(results),
-        "Each part of the data": pd.DataFrame(by_part),
-        "Test accuracy against the student from scratch, paired by seed": pd.DataFrame(differences),
-        "Wall time": times_table(folder),
-    }
-    return {title: table for title, table in tables.items() if len(table)}
-
-
 def shown_tables(folder: Path) -> str:
     """`run_tables` as text, under what they were measured on."""
     tables = [f"{title}\n\n{text_table(table)}" for title, table in run_tables(folder).items()]
-    measured, made_by = readme_note({"weights": {}} | _read_provenance(folder)).replace("`", "").split("\n\n")
+    measured, made_by = readme_note({"weights": {}} | read_provenance(folder)).replace("`", "").split("\n\n")
     return "\n\n".join([textwrap.fill(measured, 110), made_by, *tables])

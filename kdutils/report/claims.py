@@ -16,7 +16,8 @@ import pandas as pd
 from kdutils.data.images import Dataset
 from kdutils.results import metrics
 from kdutils.results.metrics import Difference
-from kdutils.results.tables import LONG, at_budget, bootstrap_text, column, signed, teacher_words, with_teachers
+from kdutils.results.record import column
+from kdutils.results.tables import LONG, at_budget, bootstrap_text, interval_text, signed, teacher_words, with_teachers
 from kdutils.settings import Settings, UserError
 from kdutils.students import StudentRun
 
@@ -83,19 +84,6 @@ PRIMARY = (  # the comparisons named in advance: what a table calls them, and th
 )
 
 
-def verdict(difference: Difference, p_value: float = math.nan) -> str:
-    """What a difference lets one say: "higher", "lower" or "no clear difference"; nothing for fewer than three seeds.
-
-    It is clear when its 95 % interval excludes zero and `p_value`, of a primary comparison after Holm's correction, is
-    below 0.05 (nan: there is none to heed).
-    """
-    if difference.n < 3:
-        return ""
-    if (difference.low > 0 or difference.high < 0) and not p_value >= 0.05:
-        return "higher" if difference.mean > 0 else "lower"
-    return "no clear difference"
-
-
 def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
     """What report.tex reads of the claims: key -> text, from the rows of results.csv and the provenance.
 
@@ -123,7 +111,7 @@ def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[s
             for key, text in ((f"claim/{name}", sentence), (f"short/{name}", short)):
                 values[key] = f"{values[key]} {text}" if key in values else text
             values[f"group/{group}"] = "yes"
-            if found.n < 3:
+            if found.n < metrics.MIN_SEEDS:
                 values["notice/seeds"] = FEW_SEEDS
     return values | ({"group/study": "yes"} if any(f"group/{group}" in values for group in STUDY) else {})
 
@@ -133,7 +121,8 @@ def _sentence(
 ) -> tuple[str, str]:
     """What a claim says of the difference of `a` and `b`, with and without interval and p-value."""
     p_value = p_values.get((rows.key(a), rows.key(b)), math.nan)
-    outcome, points, size = verdict(found, p_value), f"{signed(found.mean)} points", f"{abs(found.mean):.2f} points"
+    outcome, points = metrics.verdict(found, p_value), f"{signed(found.mean)} points"
+    size = f"{abs(found.mean):.2f} points"
     said = {
         "higher": f"raises {ACCURACY} by {size}",
         "lower": f"lowers {ACCURACY} by {size}",
@@ -146,7 +135,7 @@ def _sentence(
     if not outcome:
         return f"{text}.", f"{text}."
     numbers = [points] if outcome == "no clear difference" else []
-    numbers += [f"95 % CI {_interval(found)}", f"n = {found.n}"]
+    numbers += [f"95 % CI {interval_text(found)}", f"n = {found.n}"]
     if not math.isnan(p_value):
         numbers.append(f"Holm-adjusted p {'= ' * (p_value >= 0.001)}{_probability(p_value)}")
     return f"{text} ({', '.join(numbers)}).", f"{text}."
@@ -172,29 +161,21 @@ def primary_table(arms: Iterable[Sequence[StudentRun]], dataset: Dataset, settin
         words = words.format(a=rows.taught_by(a), b=rows.taught_by(b))
         lines.append({
             "Comparison": words[:1].upper() + words[1:], "Difference": signed(found.mean),
-            "Over seeds": _interval(found), "Over images": bootstrap_text(runs_a, runs_b, dataset), "n": found.n,
-            "p": _probability(_p_value(rows, a, b)), "p (Holm)": _probability(p_values[rows.key(a), rows.key(b)]),
+            "Over seeds": interval_text(found), "Over images": bootstrap_text(runs_a, runs_b, dataset), "n": found.n,
+            "p": _probability(metrics.paired_p_value(*rows.pairs(a, b))),
+            "p (Holm)": _probability(p_values[rows.key(a), rows.key(b)]),
         })  # fmt: skip
     return pd.DataFrame(lines)
-
-
-def _interval(found: Difference) -> str:
-    return f"[{signed(found.low)}, {signed(found.high)}]" if found.n >= 3 else "–"
 
 
 def _probability(p: float) -> str:
     return "–" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def _p_value(rows: _Rows, a: str, b: str) -> float:
-    of_a, of_b = rows.pairs(a, b)
-    return metrics.paired_p_value(of_a, of_b) if len(of_a) >= 3 else math.nan
-
-
 def _holm(rows: _Rows) -> dict[tuple, float]:
     """The adjusted p-values of the primary comparisons, by their two methods; the same two under other names count
     once."""
-    found = {(rows.key(a), rows.key(b)): _p_value(rows, a, b) for _, a, b in rows.primary}
+    found = {(rows.key(a), rows.key(b)): metrics.paired_p_value(*rows.pairs(a, b)) for _, a, b in rows.primary}
     return dict(zip(found, metrics.holm(list(found.values()))))
 
 

@@ -56,7 +56,8 @@ def update_pictures(readme: Path, notebooks: Sequence[Path]) -> None:
 PLACEHOLDER = "https://github.com/OWNER/REPO"
 WHERE, WHICH = r"(?P<repository>[\w.-]+/[\w.-]+)", r"(?P<ref>[\w./-]+?)"
 BADGE = re.compile(
-    rf"(?<=https://colab\.research\.google\.com/github/){WHERE}/blob/{WHICH}(?=/notebooks/(?:beyond/)?(?P<notebook>\w+)\.ipynb)"
+    rf"(?<=https://colab\.research\.google\.com/github/){WHERE}/blob/{WHICH}"
+    r"(?=/notebooks/(?:beyond/)?(?P<notebook>\w+)\.ipynb)"
 )
 # in a notebook's file the quotes are escaped
 CELL = re.compile(rf'(?<=REPOSITORY, REF = )(?P<q>\\?")https://github\.com/{WHERE}(?P=q), (?P=q){WHICH}(?P=q)')

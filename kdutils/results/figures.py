@@ -7,7 +7,7 @@ Save with the figure's own dpi (matplotlib's default): images in a PDF are sampl
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from kdutils.data.images import Split
@@ -27,7 +27,6 @@ from kdutils.results import metrics
 WIDTH = 6.3  # inches: the report's text width
 HALF = 3.05  # of figures that stand side by side there
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 STYLE: dict[Any, Any] = {
@@ -65,16 +64,11 @@ def _look(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def _intervals(groups: Iterable[Iterable[float]]) -> pd.DataFrame:
-    """Means of groups of fractions in per cent, with 95 % intervals over seeds: columns mean, low, high."""
-    found = [metrics.mean_interval(100 * float(value) for value in values) for values in groups]
-    return pd.DataFrame(found, columns=metrics.Difference._fields)
-
-
 def _by_group(frame: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
-    """`_intervals` of the groups of a frame, in order of appearance, with the groups as the index."""
-    groups = dict(list(frame.groupby(by, sort=False)[value]))
-    return _intervals(groups.values()).set_axis(list(groups))
+    """Means of the groups of a frame, in order of appearance, of fractions in per cent, with their 95 % intervals over
+    seeds: columns mean, low, high, n; the groups are the index."""
+    found = {name: metrics.mean_interval(100 * values) for name, values in frame.groupby(by, sort=False)[value]}
+    return pd.DataFrame(list(found.values()), index=list(found), columns=metrics.Difference._fields)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -136,12 +130,6 @@ def _mosaic(images: Tensor, columns: int, left: float) -> tuple[Figure, Axes, tu
     return figure, axes, (height, width)
 
 
-def _show_image(axes: Axes, image: Tensor, title: str, fontsize: float) -> None:
-    """An image uint8 [3, H, W] without axes."""
-    axes.imshow(image.cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes.set_title(title, fontsize=fontsize, pad=2)
-
-
 @_styled
 def soft_labels(
     images: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str], temperatures: Sequence[float]
@@ -155,7 +143,8 @@ def soft_labels(
     figure = Figure(figsize=(WIDTH, count * (0.3 + 0.1 * len(classes)) + 0.35))
     grid = figure.subplots(count, 1 + len(temperatures), squeeze=False, width_ratios=[1.0] + [1.15] * len(temperatures))
     for (picture, *panels), image, scores, label in zip(grid, images, logits.cpu().double(), labels.tolist()):
-        _show_image(picture, image, classes[label], fontsize=8)
+        picture.imshow(image.cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
+        picture.set_title(classes[label], fontsize=8, pad=2)
         picture.axis("off")
         colours = [COLOURS[0] if place == label else "0.72" for place in range(len(classes))]
         for axes, temperature in zip(panels, temperatures):
@@ -195,7 +184,8 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Sequence[float
                 marks = {"markersize": 3.5, "markevery": marked, "markerfacecolor": face}
                 axes.plot(epochs, values.mean(axis=0), line, **look, **marks)
                 if len(seeds) > 1:
-                    _band(axes, epochs, values.min(axis=0), values.max(axis=0), look["color"])
+                    band = {"color": look["color"], "alpha": 0.18, "linewidth": 0}
+                    axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), **band)
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
@@ -205,10 +195,6 @@ def learning_curves(histories: Mapping[str, Sequence[Mapping[str, Sequence[float
     entries += [Line2D([], [], color="0.3", linestyle="-", label="validation")]
     figure.legend(handles=entries, loc="outside lower center", ncols=min(4, len(entries)))
     return figure
-
-
-def _band(axes: Axes, xs: Any, low: Any, high: Any, colour: str) -> None:
-    axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 # --- results ---
@@ -224,12 +210,10 @@ def confusion(matrix: Any, classes: Sequence[str]) -> Figure:
     images = counts.sum(axis=1, keepdims=True)
     percent = np.divide(100 * counts, images, out=np.full_like(counts, np.nan), where=images > 0)
     figure, axes = _panel(5.2, 4.5)
-    texts = [[f"{share:.0f}" for share in row] for row in percent]
-    _heat_map(axes, percent, texts, "share of the true class (%)", limits=(0, 100), shrink=0.85)
-    axes.set(xlabel="predicted class", ylabel="true class", aspect="equal")
-    axes.invert_yaxis()
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(classes)), classes)
+    shares = pd.DataFrame(percent, list(classes), list(classes))
+    _heat_map(axes, shares, True, "share of the true class (%)", vmin=0, vmax=100, fmt=".0f", square=True)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_xticklabels(classes, rotation=45, ha="right", rotation_mode="anchor")
     return figure
 
 
@@ -248,38 +232,29 @@ def setting_map(
     figure, axes = _panel(min(WIDTH, 1.5 + 0.78 * means.shape[1]), 0.9 + 0.5 * means.shape[0])
     pairs = zip(means.to_numpy(), deviations.to_numpy())
     texts = [[f"{m:.1f}" + (f"\n±{sd:.1f}" if np.isfinite(sd) else "") for m, sd in zip(*pair)] for pair in pairs]
-    _heat_map(axes, means.to_numpy(), texts, "validation accuracy (%)")
-    row, column = np.unravel_index(np.nanargmax(means), means.shape)
-    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2))
+    _heat_map(axes, means, texts, "validation accuracy (%)", fmt="")
+    row, column = divmod(int(np.nanargmax(means)), means.shape[1])
+    axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2, clip_on=False))
     symbols = {"alpha": "$\\alpha$: weight of the soft term", "temperature": "temperature $T$"}
-    axes.set_xticks(range(means.shape[1]), [f"{number:g}" for number in means.columns])
-    axes.set_yticks(range(means.shape[0]), [f"{number:g}" for number in means.index])
+    axes.set_xticklabels([f"{number:g}" for number in means.columns])
+    axes.set_yticklabels([f"{number:g}" for number in means.index])
     axes.set(xlabel=symbols.get(columns, columns), ylabel=symbols.get(rows, rows))
+    axes.invert_yaxis()
     return figure
 
 
-def _heat_map(
-    axes: Axes,
-    values: np.ndarray,
-    texts: Sequence[Sequence[str]],
-    name: str,
-    limits: tuple[float, float] | None = None,
-    shrink: float = 1.0,
-) -> None:
-    """Cells of values [R, C] in shades of blue between the limits (default: the values'), the first row below, with
-    texts, and a colour bar; cells that are nan stay blank."""
-    low, high = limits or (np.nanmin(values), np.nanmax(values))
-    edges = [np.arange(count + 1) - 0.5 for count in values.shape]
-    picture = axes.pcolormesh(
-        edges[1], edges[0], values, cmap="Blues", vmin=low, vmax=high, edgecolors="white", linewidth=0.4
-    )
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            colour = "white" if value > (low + high) / 2 + 1e-9 else "black"
-            axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=7, color=colour)
+def _heat_map(axes: Axes, values: pd.DataFrame, texts: Any, name: str, **more: Any) -> None:
+    """Cells in shades of blue, with texts (True: the values) and a colour bar; those that are nan stay blank.
+
+    more: what else `seaborn.heatmap` takes.
+    """
+    import seaborn  # slow to import, and few pictures need it
+
+    bar = {"label": name, "shrink": 0.85}
+    look: dict[str, Any] = {"cmap": "Blues", "linewidths": 0.4, "annot_kws": {"fontsize": 7}, "cbar_kws": bar}
+    seaborn.heatmap(values, ax=axes, annot=texts, **look, **more)
     axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.figure.colorbar(picture, ax=axes, label=name, shrink=shrink).outline.set_visible(False)
+    axes.tick_params(axis="y", labelrotation=0)
 
 
 @_styled
@@ -300,175 +275,10 @@ def arm_comparison(frame: pd.DataFrame) -> Figure:
         axes.hlines(rows + 0.12, found["low"], found["high"], color=COLOURS[1], linewidth=1.6, label="95 % interval")
     axes.plot(found["mean"], rows + 0.12, "D", markersize=5, color=COLOURS[1], label="mean")
     for row, mean in zip(rows, found["mean"]):
-        _write(axes, f"{mean:.1f}", (mean, row + 0.12), (0, -4), va="top")
+        axes.text(mean, row + 0.28, f"{mean:.1f}", ha="center", va="top", fontsize=7)
     _name_rows(axes, frame.drop_duplicates("arm")["label"].tolist())
     axes.set(ylim=(len(found) - 0.3, -0.6), xlabel="accuracy (%)")
     figure.legend(loc="outside lower right", ncols=3)
-    return figure
-
-
-def _write(axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], va: str) -> None:
-    """A number above or below a point, `offset` points away."""
-    axes.annotate(text, place, xytext=offset, textcoords="offset points", ha="center", va=va, fontsize=7)
-
-
-@_styled
-def accuracy_against_cost(frame: pd.DataFrame) -> Figure:
-    """Accuracy (%) against what a model costs: its parameters, and its latency per image (both axes log).
-
-    frame: a row per model with columns label, accuracy (a fraction), parameters, latency (seconds per image),
-    and, to draw intervals, low and high (fractions; nan for none).
-    """
-    figure = Figure(figsize=(WIDTH, 2.5))
-    panels = figure.subplots(1, 2, sharey=True)
-    percent = 100 * frame.reindex(columns=["accuracy", "low", "high"]).astype(float)
-    costs = {"parameters": frame["parameters"], "latency per image (ms)": 1000 * frame["latency"]}
-    for axes, (name, cost) in zip(panels, costs.items()):
-        for number, (x, (accuracy, low, high)) in enumerate(zip(cost, percent.values.tolist())):
-            axes.plot(x, accuracy, **_look(number), markersize=5)
-            axes.vlines(x, low, high, color=_look(number)["color"], linewidth=1)
-        middle, span = math.sqrt(cost.min() * cost.max()), max(cost.max() / cost.min(), 10)
-        axes.set(xscale="log", xlim=(middle / span**0.65, middle * span**0.65), xlabel=name)
-        axes.margins(y=0.12)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid()
-    panels[0].set_ylabel("accuracy (%)")
-    for axes, cost in zip(panels, costs.values()):
-        _name_points(axes, cost.to_numpy(dtype=float), percent["accuracy"].to_numpy(), frame["label"].tolist())
-    return figure
-
-
-def _name_points(axes: Axes, xs: np.ndarray, ys: np.ndarray, names: Sequence[str]) -> None:
-    """Names beside points, towards the middle of the axes, moved up or down so that no two overlap."""
-    low, high = axes.get_ylim()
-    heights = _apart((ys - low) / (high - low), least=0.068)  # a line of text in that figure
-    middle = math.sqrt(math.prod(axes.get_xlim()))
-    arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": "0.5", "shrinkA": 0, "shrinkB": 2}
-    for x, y, height, name in zip(xs, ys, heights, names):
-        offset, side = (12, "left") if x <= middle else (-12, "right")
-        at: dict[str, Any] = {"xytext": (offset, height), "textcoords": ("offset points", "axes fraction"), "ha": side}
-        axes.annotate(name, (x, y), **at, va="center", fontsize=7, arrowprops=arrow)
-
-
-def _apart(heights: np.ndarray, least: float) -> np.ndarray:
-    """Heights [n] in [0, 1], pushed apart, in their order and within [0, 1], until they lie `least` apart."""
-    order = np.argsort(heights, kind="stable")
-    placed = heights[order]
-    for _ in range(500):
-        push = np.clip(least - np.diff(placed), 0, None) / 2
-        if (push <= 5e-7).all():
-            break
-        placed[:-1] -= push
-        placed[1:] += push
-        placed = placed.clip(least / 2, 1 - least / 2)
-    return placed[np.argsort(order)]
-
-
-# --- where a gain comes from ---
-
-
-@_styled
-def reliability_diagram(tables: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
-    """Accuracy against confidence (%), a line a model with a 95 % band over seeds, above the share of the images
-    in each bin. Only bins in which every seed has images are drawn.
-
-    tables: {label: tables of its seeds, each as of `metrics.reliability`}.
-    """
-    figure = Figure(figsize=(HALF, 3.1))
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-    for number, (label, seeds) in enumerate(tables.items()):
-        look = {**_look(number), "linestyle": LINES[number % 4]}
-        names = ("images", "confidence", "accuracy")
-        images, confidence, accuracy = (np.array([table[name] for table in seeds], dtype=float) for name in names)
-        drawn = (images > 0).all(axis=0)
-        xs, found = 100 * confidence[:, drawn].mean(axis=0), _intervals(accuracy[:, drawn].T)
-        upper.plot(xs, found["mean"], **look, label=label)
-        if found["low"].notna().any():
-            _band(upper, xs, found["low"], found["high"], look["color"])
-        middles = 50 * (seeds[0]["low"] + seeds[0]["high"])
-        shares = 100 * (images / images.sum(axis=1, keepdims=True)).mean(axis=0)
-        lower.plot(middles, shares, **look, markersize=3)
-    dotted = {"color": "0.6", "linewidth": 0.9, "linestyle": ":"}
-    upper.plot([0, 100], [0, 100], **dotted, zorder=1.5, label="as confident as right")
-    upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy (%)")
-    lower.set(ylim=(0, None), xlabel="confidence (%)", ylabel="images (%)")
-    for axes in (upper, lower):
-        axes.grid()
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-@_styled
-def gain_against_teacher(frame: pd.DataFrame) -> Figure:
-    """A student's gain (points over the student from scratch) against its teacher's accuracy (%): a point per
-    teacher, named, with the intervals of both where they are given.
-
-    frame: a row per teacher with columns label, accuracy (a fraction), gain, low, high (points; nan for no
-    interval) and, for the teacher's own interval, accuracy_low and accuracy_high (fractions).
-    """
-    figure, axes = _panel(HALF, 2.7)
-    axes.axhline(0, color="0.45", linewidth=0.9)
-    for number, row in enumerate(frame.to_dict("records")):
-        look, accuracy = _look(number), 100 * row["accuracy"]
-        own = [100 * row.get(name, math.nan) for name in ("accuracy_low", "accuracy_high")]
-        axes.plot([accuracy] * 2, [row["low"], row["high"]], color=look["color"])
-        axes.plot(own, [row["gain"]] * 2, color=look["color"])
-        axes.plot(accuracy, row["gain"], **look, linestyle="", markersize=6, label=row["label"])
-    axes.margins(x=0.12, y=0.12)
-    axes.set(xlabel="test accuracy of the teacher (%)", ylabel="gain of the student (points)")
-    axes.grid()
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-@_styled
-def class_gain(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Difference of the accuracies on each class (points) with its 95 % interval over seeds, one or more arms.
-
-    tables: {label of the arm: table as of `metrics.per_class_difference`, of the same classes in all}.
-    """
-    classes = next(iter(tables.values()))["class"].tolist()
-    figure, axes = _panel(WIDTH, 0.8 + (0.16 + 0.13 * len(tables)) * len(classes))
-    axes.axvline(0, color="0.45", linewidth=0.9)
-    for number, (label, table) in enumerate(tables.items()):
-        places = np.arange(len(classes)) + 0.8 * ((number + 0.5) / len(tables) - 0.5)
-        look = _look(number)
-        axes.hlines(places, 100 * table["low"], 100 * table["high"], color=look["color"], linewidth=1.2)
-        axes.plot(100 * table["mean"], places, **look, linestyle="", markersize=4.5, label=label)
-    for place in range(1, len(classes)):
-        axes.axhline(place - 0.5, color="0.9", linewidth=0.6)
-    _name_rows(axes, classes)
-    axes.set(ylim=(len(classes) - 0.5, -0.5), xlabel="difference of accuracies (points)")
-    figure.legend(loc="outside lower right", ncols=min(3, len(tables)))
-    return figure
-
-
-@_styled
-def agreement_bars(frame: pd.DataFrame) -> Figure:
-    """Agreement of student and teacher (%) on all test images, on those that the teacher classifies right and on
-    its errors: a bar per arm, the mean over seeds with its 95 % interval.
-
-    frame: a row per arm, seed and part with columns label, part and agreement (a fraction); arms and parts are
-    drawn in the order of the frame.
-    """
-    parts, groups = frame["part"].unique().tolist(), frame.groupby("label", sort=False)
-    figure, axes = _panel(HALF, 2.7)
-    width = 0.8 / len(groups)
-    for number, (label, of_label) in enumerate(groups):
-        found = _by_group(of_label, "part", "agreement").reindex(parts)
-        places = np.arange(len(parts)) + width * (number + 0.5) - 0.4
-        colour, hatch = COLOURS[number % len(COLOURS)], HATCHES[number % len(HATCHES)]
-        bars = axes.bar(places, found["mean"], 0.92 * width, color=colour, alpha=0.75, hatch=hatch, label=label)
-        for bar in bars:
-            bar.set(edgecolor="black", linewidth=0.5)
-        axes.vlines(places, found["low"], found["high"], color="black", linewidth=1.2)
-        for place, mean, top in zip(places, found["mean"], found["high"].fillna(found["mean"])):
-            _write(axes, f"{mean:.0f}", (place, top), (0, 2), va="bottom")
-    axes.set_xticks(range(len(parts)), parts)
-    axes.set(ylabel="same prediction (%)", ylim=(0, 108), yticks=range(0, 101, 20))
-    axes.grid(axis="y")
-    axes.tick_params(axis="x", length=0)
-    figure.legend(loc="outside lower center", ncols=min(3, len(groups)))
     return figure
 
 
@@ -490,36 +300,4 @@ def accuracy_against_epochs(frame: pd.DataFrame) -> Figure:
     axes.grid(axis="y")
     axes.margins(y=0.1)
     figure.legend(loc="outside lower center")
-    return figure
-
-
-@_styled
-def disagreement_gallery(
-    split: Split,
-    classes: Sequence[str],
-    right_a: Any,
-    right_b: Any,
-    names: tuple[str, str],
-    columns: int = 8,
-    rows: int = 2,
-) -> Figure:
-    """Test images that most seeds of one arm classify right and most seeds of the other wrong, and the other way
-    round: above those that only the first gets right, below those that only the second does.
-
-    split: `images` uint8 [N, 3, H, W] and `labels` int64 [N]; right_a, right_b: bool [S, N], a row a seed; names:
-    how the two arms are called. Shown are the images with the greatest difference of seeds, in their order in
-    the data where these are equal; each title is the true class, each heading how many images there are.
-    """
-    shares = [torch.as_tensor(right).cpu().double().mean(dim=0) for right in (right_a, right_b)]
-    figure = Figure(figsize=(WIDTH, 2 * (0.3 + rows * (WIDTH / columns + 0.08))))
-    halves = figure.subfigures(2, 1, squeeze=False).flat
-    for part, first, second, (one, other) in zip(halves, shares, shares[::-1], (names, names[::-1])):
-        chosen = ((first > 0.5) & (second < 0.5)).nonzero().flatten()
-        order = (second - first)[chosen].argsort(stable=True)
-        part.suptitle(f"right: {one}, wrong: {other} ({len(chosen):,} of {len(first):,} images)", fontsize=9)
-        panels = list(part.subplots(rows, columns, squeeze=False).flat)
-        for axes in panels:
-            axes.axis("off")
-        for axes, number in zip(panels, chosen[order].tolist()):
-            _show_image(axes, split.images[number], classes[int(split.labels[number])], fontsize=7)
     return figure

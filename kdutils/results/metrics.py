@@ -6,7 +6,6 @@ in [0, C); N >= 1. Everything is computed in float64 on the CPU. Wrong shapes an
 
 import math
 import statistics
-import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 MIN_SEEDS = 3  # fewer give no interval and no p-value
 
@@ -67,29 +65,11 @@ def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
 
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
     """
-    confidence, is_right, bin_of = _by_confidence(logits, labels, bins)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, is_right - confidence)
-    return gaps.abs().sum().item() / len(labels)
-
-
-def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> pd.DataFrame:
-    """The numbers of a reliability diagram, a row for each bin of `ece`: low and high (its edges), confidence and
-    accuracy (means over its images, in [0, 1]; nan in an empty bin) and images (their number)."""
-    confidence, is_right, bin_of = _by_confidence(logits, labels, bins)
-    images = torch.bincount(bin_of, minlength=bins)
-    sums = [torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, of) for of in (confidence, is_right)]
-    edges = np.arange(bins + 1) / bins
-    means = {"confidence": (sums[0] / images).numpy(), "accuracy": (sums[1] / images).numpy()}
-    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], **means, "images": images.numpy()})
-
-
-def _by_confidence(logits: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Confidence and 0 or 1 for a correct prediction, float64 [N], and the number of the bin, int64 [N]."""
     logits, labels = _labelled(logits, labels)
-    if bins < 1:
-        raise ValueError(f"bins must be >= 1, not {bins}")
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
-    return confidence, (predicted == labels).double(), (confidence * bins).ceil().long().clamp(1, bins) - 1
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = (predicted == labels).double() - confidence
+    return torch.zeros(bins).double().index_add_(0, bin_of, gaps).abs().sum().item() / len(labels)
 
 
 def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -286,49 +266,9 @@ def bootstrap_difference(
     return Difference(float(counts @ values / a.size), float(low), float(high), a.shape[1])
 
 
-def per_class_difference(right_a: ArrayLike, right_b: ArrayLike, labels: Tensor, classes: Sequence) -> pd.DataFrame:
-    """A row per class: class, mean, low, high: the difference of two methods' accuracies (a - b) on its images, as of
-    `paired_difference` over seeds.
-
-    right_a, right_b: bool [S, N], one row per seed. Raises ValueError for a class without images.
-    """
-    a, b = (torch.as_tensor(right).cpu().double() for right in (right_a, right_b))
-    rows = []
-    for number, name in enumerate(classes):
-        members = labels.cpu() == number
-        if not members.any():
-            raise ValueError(f"there are no images of the class {name}")
-        found = paired_difference(a[:, members].mean(dim=1).tolist(), b[:, members].mean(dim=1).tolist())
-        rows.append({"class": name, "mean": found.mean, "low": found.low, "high": found.high})
-    return pd.DataFrame(rows)
-
-
-# --- of a network, which should be in eval mode ---
+# --- of a network ---
 
 
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters, trained or not. Buffers do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def multiply_adds(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """Multiply-adds of one forward pass of one image of `input_shape` (C, H, W), counted exactly: those of
-    convolutions and matrix products; biases, norms, activations and pooling are left out, as is usual."""
-    like = next(model.parameters())
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
-    return counter.get_total_flops() // 2
-
-
-def latency(model: nn.Module, example: Tensor, repeats: int = 20) -> float:
-    """Median time per image, in seconds, of a forward pass of the batch `example` [N, ...] on its device, after three
-    passes to warm up."""
-    if repeats < 1 or len(example) == 0:
-        raise ValueError("needs repeats >= 1 and at least one image")
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(3 + repeats):
-            start = time.perf_counter()
-            model(example).cpu()  # waits for the device
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[3:]) / len(example)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from kdutils.data.images import Dataset
 from kdutils.results.metrics import paired_difference
-from kdutils.results.tables import interval_text, signed, spread
+from kdutils.results.tables import spread, with_interval
 from kdutils.settings import ARCHITECTURES, ROOT, Settings, UserError, check_names, counted, read_yaml, shown_path
 from kdutils.students import LOSSES
 from kdutils.teachers import Teacher
@@ -168,9 +168,8 @@ def sweep_table(rows: pd.DataFrame) -> pd.DataFrame:
         if group is not first and _runs(group).equals(_runs(first)):
             continue
         found = paired_difference(list(100 * group.val_accuracy), list(100 * first.val_accuracy))
-        interval = f" {interval_text(found)}" if len(group) > 2 else ""
         line = {"Trial": trial, "Validation (%)": spread(group.val_accuracy, percent=True)}
-        line["Difference"] = "–" if group is first else f"{signed(found.mean)}{interval}"
+        line["Difference"] = "–" if group is first else with_interval(found)
         line |= {"NLL": f"{group.val_nll.mean():.3f}", "Train (%)": f"{100 * group.train_accuracy.mean():.1f}"}
         lines.append({**line, "Views": group.views.iloc[0], "Epochs": group.epochs.iloc[0], "n": len(group)})
     return pd.DataFrame(lines)

@@ -3,17 +3,13 @@ the rows of `results.csv`."""
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import Tensor, nn
 
-from kdutils.cache import cached, describe_builder
 from kdutils.data.images import Dataset
-from kdutils.models import normalise
 from kdutils.results import metrics
 from kdutils.results.record import (  # noqa: F401
     RESULT_COLUMNS,
@@ -31,11 +27,9 @@ from kdutils.results.record import (  # noqa: F401
     student_rows,
     teacher_rows,
 )
-from kdutils.settings import ARCHITECTURES, Settings, UserError, counted
+from kdutils.settings import ARCHITECTURES, UserError, counted
 from kdutils.students import StudentRun
 from kdutils.teachers import Teacher
-
-_read_provenance, FREEZE = read_provenance, "freeze_"  # until no caller has them
 
 LONG = "long"
 TASK_ARMS = ("scratch", "kd", "kd_mean_prob", "kd_mean_logit", "kd_confidence")  # the students of the four notebooks
@@ -114,6 +108,11 @@ def signed(number: float, decimals: int = 2) -> str:
 def interval_text(difference: metrics.Difference) -> str:
     """The interval of a difference: "[−0.12, +1.30]"; a dash if there is none."""
     return "–" if math.isnan(difference.low) else f"[{signed(difference.low)}, {signed(difference.high)}]"
+
+
+def with_interval(difference: metrics.Difference) -> str:
+    """A difference and its interval: "+1.25 [+0.80, +1.70]"."""
+    return f"{signed(difference.mean)} {interval_text(difference)}".removesuffix(" –")
 
 
 def spread_of(values: Iterable[float], percent: bool) -> dict[str, str]:
@@ -215,17 +214,11 @@ def comparison(
     return pd.DataFrame(lines)
 
 
-def _gain(runs: Sequence[Run], baseline: Sequence[Run], dataset: Dataset) -> metrics.Difference:
-    """Difference of test accuracies in points, paired by seed."""
-    a, b = ([100 * value for value in column(of, dataset, "test", "accuracy")] for of in (runs, baseline))
-    return metrics.paired_difference(a, b)
-
-
 def difference_text(runs: Sequence[Run], baseline: Sequence[Run], dataset: Dataset) -> str:
     """Paired difference of test accuracies in points, "+1.25 [+0.80, +1.70]": with its 95 % interval over three or
     more seeds."""
-    found = _gain(runs, baseline, dataset)
-    return f"{signed(found.mean)} {interval_text(found)}".removesuffix(" –")
+    a, b = ([100 * value for value in column(of, dataset, "test", "accuracy")] for of in (runs, baseline))
+    return with_interval(metrics.paired_difference(a, b))
 
 
 def bootstrap_text(runs: Sequence[Run], baseline: Sequence[Run], dataset: Dataset) -> str:
@@ -266,53 +259,6 @@ def accuracy_frame(arms: Mapping[str, Sequence[Run]], dataset: Dataset) -> pd.Da
             for run, accuracy in zip(runs, column(runs, dataset, "test", "accuracy"), strict=True)
         ]
     )
-
-
-def gains(
-    entries: Mapping[str, tuple[Sequence[float], Sequence[StudentRun]]],
-    baseline: Sequence[StudentRun],
-    dataset: Dataset,
-) -> pd.DataFrame:
-    """What students gain over a baseline beside what their teacher knows: a row an entry, for `gain_against_teacher`.
-
-    An entry is a teacher's test accuracies (fractions), one a run, and the students that it taught. Columns: label,
-    accuracy, accuracy_low, accuracy_high (fractions), gain, low, high (points), with 95 % intervals.
-    """
-    lines = []
-    for label, (accuracies, students) in entries.items():
-        own, gain = metrics.mean_interval(accuracies), _gain(students, baseline, dataset)
-        known = {"label": label, "accuracy": own.mean, "accuracy_low": own.low, "accuracy_high": own.high}
-        lines.append({**known, "gain": gain.mean, "low": gain.low, "high": gain.high})
-    return pd.DataFrame(lines)
-
-
-def model_costs(
-    entries: Mapping[str, Callable[[], nn.Module]], dataset: Dataset, settings: Settings, repeats: int = 10
-) -> pd.DataFrame:
-    """What networks that take normalised 32x32 images cost, a row each: label, parameters, megabytes (float32, 10^6
-    bytes), multiply_adds, latency (seconds an image, one at a time) and latency_batched (in batches of 100).
-
-    `entries` gives by label what builds a network: a class or function, its arguments bound by `functools.partial`.
-    Everything is measured once, and kept with the run.
-    """
-
-    def measure(build: Callable[[], nn.Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        model, images = build().to(settings.device).eval(), normalise(dataset.test.images[:100])
-        return {}, {
-            "parameters": metrics.parameter_count(model),
-            "megabytes": metrics.parameter_count(model) * 4 / 1e6,
-            "multiply_adds": metrics.multiply_adds(model, (3, 32, 32)),
-            "latency": metrics.latency(model, images[:1], repeats),
-            "latency_batched": metrics.latency(model, images, repeats),
-        }
-
-    lines = []
-    for label, build in entries.items():
-        key = {"what": "costs", "network": describe_builder(build), "device": settings.device}
-        name = f"costs-{label.replace(' ', '_')}"
-        found = cached(settings.run_folder / "costs", name, key, partial(measure, build)).facts
-        lines.append({"label": label, **found})
-    return pd.DataFrame(lines)[["label", "parameters", "megabytes", "multiply_adds", "latency", "latency_batched"]]
 
 
 # --- tables of results.csv ---
@@ -407,3 +353,37 @@ def times_table(folder: Path) -> pd.DataFrame:
     by_stage = times.groupby(times.stage.str.replace(r", seed \d+$", "", regex=True), sort=False).seconds
     lines = [{"Stage": stage, "Times": len(seconds), "Took": minutes(seconds.sum())} for stage, seconds in by_stage]
     return pd.DataFrame([*lines, {"Stage": "total", "Times": len(times), "Took": minutes(times.seconds.sum())}])
+
+
+def arms_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row an arm: its measures, mean ± sd over seeds; the difference of its test accuracy to that of the student from
+    scratch, in points, of the seeds that both have."""
+    columns = {"Train (%)": "train/accuracy", "Validation (%)": "val/accuracy", "Test (%)": "test/accuracy"}
+    columns |= {"Test macro F1": "test/macro_f1", "Test entropy": "test/entropy"}
+    rows = rows.assign(measure=rows.split + "/" + rows.metric).set_index("seed")
+    is_scratch = (rows.arm == "scratch") & (rows.measure == "test/accuracy")
+    scratch, lines = rows.value[is_scratch], []
+    keys: Any  # texts: pandas-stubs says Hashable
+    for keys, group in rows.groupby(["arm", "teachers"], sort=False):
+        found = dict(list(group.groupby("measure").value))
+        line = {"Arm": keys[0], "Teachers": keys[1] or "–"}
+        line |= {name: spread(found[of], "accuracy" in of) if of in found else "–" for name, of in columns.items()}
+        seeds = scratch.index.intersection(found["test/accuracy"].index)
+        is_compared = len(seeds) and keys[0] not in (*TRAINED_PARTS, "scratch")
+        pair = (100 * accuracy[seeds] for accuracy in (found["test/accuracy"], scratch))
+        lines.append(
+            line | {"Against scratch": with_interval(metrics.paired_difference(*pair)) if is_compared else "–"}
+        )
+    return pd.DataFrame(lines)
+
+
+def run_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """The results of a run or of the report, by title; `folder` holds rows, provenance and times."""
+    results, settings = read_results(folder), read_provenance(folder).get("settings", {})
+    rows = at_budget(results, "", settings.get("epochs")).sort_values("task", kind="stable")
+    tables = {
+        "Test images": results_table(results),
+        "Each part of the data; test accuracy against scratch in points, paired by seed": arms_table(rows),
+        "Wall time": times_table(folder),
+    }
+    return {title: table for title, table in tables.items() if len(table)}
