@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdutils.cache import (
     Checkpoint,
+    History,
     cache_path,
     check_writable,
     fingerprint,
@@ -29,7 +30,7 @@ from kdutils.losses import cross_entropy
 from kdutils.models import cut, normalise, pretraining_facts, read_header, read_state, seeded, with_state
 from kdutils.progress import TrainingProgress
 from kdutils.settings import ROOT, UserError, shown_path
-from kdutils.training import History, Recipe, fit
+from kdutils.training import Recipe, fit
 
 IMAGE_SIZE = 40  # images are kept at this size; crops of 40 to 100 % of their area are 25 to 40 pixels wide
 CROP_SIZE = 32  # and are resized to that of CIFAR-10's images: a teacher meets the same blur here and there

@@ -141,7 +141,7 @@ class Settings:
     generated_epochs: Count = 3
     # A teacher is fitted on fewer than teacher_views views if their features take more than this
     feature_memory_gb: Positive = 4.0
-    # Groups of the study, trained by notebooks/study.ipynb; none: only the four tasks
+    # Groups of the study, trained by notebooks/beyond/study.ipynb; none: only the four tasks
     study: Names = ()
     # The machine
     data_dir: Text = "data"

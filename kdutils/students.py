@@ -11,6 +11,7 @@ from torch import Tensor
 from kdutils.cache import (
     Cached,
     Checkpoint,
+    History,
     cached,
     describe,
     lower_if_out_of_memory,
@@ -32,7 +33,7 @@ from kdutils.models import SmallCNN, normalise, seeded
 from kdutils.progress import TrainingProgress
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher, soft_labels
-from kdutils.training import History, Recipe, fit, memory_format, predict
+from kdutils.training import Recipe, fit, memory_format, predict
 
 
 @dataclasses.dataclass(frozen=True)

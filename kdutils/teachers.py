@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kdutils.cache import (
     Cached,
     Checkpoint,
+    History,
     cache_path,
     cached,
     fingerprint,
@@ -36,7 +37,7 @@ from kdutils.models import Source, backbone_source, cut, fold_batch_norms, load_
 from kdutils.pretraining import Pretraining, pretrain
 from kdutils.progress import TrainingProgress, progress_lines
 from kdutils.settings import ARCHITECTURES, Settings, UserError, logits_file, shown_path
-from kdutils.training import History, Recipe, autocast, fit, memory_format, predict
+from kdutils.training import Recipe, autocast, fit, memory_format, predict
 
 BLOCK = 1000  # features and logits are kept for so many images at a time
 BATCH = 250  # the networks see so many images at once

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from kdutils import cache
 from kdutils.data.images import load_data
 from kdutils.losses import cross_entropy, distillation_loss
-from kdutils.results.tables import finish, student_rows, teacher_rows
+from kdutils.results.record import finish, student_rows, teacher_rows
 from kdutils.settings import load_settings
 from kdutils.students import Method, train_students
 from kdutils.teachers import fine_tune

@@ -33,8 +33,8 @@ from kdutils.report import batch as pipeline
 from kdutils.report.latex import export_notebooks
 from kdutils.report.readme import update_readme
 from kdutils.report.show import show_table
+from kdutils.results.record import record
 from kdutils.results.sweeps import read_sweep
-from kdutils.results.tables import record
 from kdutils.settings import ROOT, UserError, load_settings, notebook_settings
 from kdutils.students import Method, train_students
 from kdutils.teachers import check_space

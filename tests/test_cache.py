@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kdutils.cache import cache_path, cached, check_writable, lock, write_atomically, write_text
-from kdutils.results.tables import RESULT_COLUMNS, provenance, record, rerun_command, results_checksum
+from kdutils.results.record import RESULT_COLUMNS, provenance, record, rerun_command, results_checksum
 from kdutils.settings import ROOT, UserError, load_settings
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float16).reshape(2, 3), "b": torch.tensor([True, False])}

@@ -11,7 +11,7 @@ import kdutils
 from kdutils.__main__ import COMMANDS, main, parser
 from kdutils.lab.export import SUFFIX
 from kdutils.report import batch
-from kdutils.results.tables import record
+from kdutils.results.record import record
 from kdutils.settings import ROOT, load_settings
 
 SLOW = {"torch", "torchvision", "numpy", "pandas", "matplotlib", "seaborn", "IPython", "papermill", "nbconvert"}

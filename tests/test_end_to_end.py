@@ -12,7 +12,8 @@ import pytest
 from kdutils.__main__ import main
 from kdutils.report import batch
 from kdutils.report.latex import REPORT, write_macros
-from kdutils.results.tables import RESULT_COLUMNS, of_the_tasks, read_results, results_checksum
+from kdutils.results.record import RESULT_COLUMNS, read_results, results_checksum
+from kdutils.results.tables import of_the_tasks
 from kdutils.settings import PROFILES, ROOT, UserError, load_settings, read_profile
 
 TINY = {

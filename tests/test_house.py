@@ -47,7 +47,9 @@ def test_a_module_imports_only_from_those_above_it(module):
 def test_packages_import_nothing_when_they_are_opened():
     for path in PACKAGE.rglob("__init__.py"):
         top = ast.parse(path.read_text(encoding="utf-8")).body
-        assert not any(isinstance(node, (ast.Import, ast.ImportFrom)) and "kdutils" in ast.unparse(node) for node in top)
+        assert not any(
+            isinstance(node, (ast.Import, ast.ImportFrom)) and "kdutils" in ast.unparse(node) for node in top
+        )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

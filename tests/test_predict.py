@@ -16,7 +16,7 @@ from kdutils.__main__ import main
 from kdutils.lab.predict import find_student, load_student, read_pictures, trained_students
 from kdutils.losses import cross_entropy
 from kdutils.models import normalise
-from kdutils.results.tables import finish, student_rows
+from kdutils.results.record import finish, student_rows
 from kdutils.settings import load_settings
 from kdutils.students import Method, train_students
 

@@ -15,7 +15,8 @@ from kdutils.data.images import Dataset, Split, left_over, load_data
 from kdutils.data.views import view_table
 from kdutils.losses import class_mean, cross_entropy
 from kdutils.parallel import run_jobs
-from kdutils.results.tables import student_rows, teacher_words
+from kdutils.results.record import student_rows
+from kdutils.results.tables import teacher_words
 from kdutils.settings import Settings, UserError, apply_threads, load_settings
 from kdutils.students import LOSSES, Method, StudentRun, named_method, train_students
 from kdutils.teachers import Teacher, fine_tune, soft_labels

@@ -24,15 +24,7 @@ from kdutils.report.latex import REPORT, build_pdf, export_notebooks, result_val
 from kdutils.report.readme import update_pictures, update_readme
 from kdutils.results.metrics import parameter_count
 from kdutils.results.record import read_provenance, read_results, results_checksum
-from kdutils.results.tables import (
-    WORDS,
-    minutes,
-    of_the_tasks,
-    results_table,
-    run_tables,
-    text_table,
-    times_table,
-)
+from kdutils.results.tables import WORDS, minutes, of_the_tasks, results_table, run_tables, text_table, times_table
 from kdutils.settings import (
     ARCHITECTURES,
     ROOT,

@@ -11,22 +11,7 @@ import pandas as pd
 
 from kdutils.data.images import Dataset
 from kdutils.results import metrics
-from kdutils.results.record import (  # noqa: F401
-    RESULT_COLUMNS,
-    Run,
-    column,
-    finish,
-    follows,
-    provenance,
-    read_provenance,
-    read_results,
-    record,
-    rerun_command,
-    results_checksum,
-    right,
-    student_rows,
-    teacher_rows,
-)
+from kdutils.results.record import Run, column, follows, read_provenance, read_results, right
 from kdutils.settings import ARCHITECTURES, UserError, counted
 from kdutils.students import StudentRun
 from kdutils.teachers import Teacher
@@ -340,11 +325,6 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
         row |= {"ECE (%)": f"{100 * by['ece'].mean():.1f}"} if "ece" in by else {}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def results_frame(folder: Path) -> pd.DataFrame:
-    """`results_table` of a run or of the committed report."""
-    return results_table(read_results(folder))
 
 
 def times_table(folder: Path) -> pd.DataFrame:
