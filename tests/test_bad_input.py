@@ -396,24 +396,21 @@ BAD = {
     "a file in place of the run folder": (lambda w: load_data(w.settings(runs_dir=str(a_path(w.tmp / "file")))),
         "runs_dir: cannot write to TMP/file (...); free space, or choose another"),
     "a full disk": (full_disk(lambda w: record(w.settings(), "01", [], {"text": "x" * 5000}, [], {})),
-        "runs_dir: cannot write TMP/runs/tiny/found/01.json (...); free space, or choose another; what was "
-        "finished is kept, and the same command goes on from there"),
+        "runs_dir: cannot write TMP/runs/tiny/found/01.json (...); free space, or choose another; finished "
+        "results are kept: repeat the command to resume"),
     "a full disk, for tensors": (full_disk(lambda w: write_cached(
         w.tmp / "x.safetensors", {}, Cached({"a": torch.zeros(9000)}, {}, "", 0.0))),
-        "runs_dir: cannot write TMP/x.safetensors (...); free space, or choose another; what was finished is "
-        "kept, and the same command goes on from there"),
+        "runs_dir: cannot write TMP/x.safetensors (...); free space, or choose another; finished results are "
+        "kept: repeat the command to resume"),
     "no room for the features": (no_room,
         "runs_dir: the features of resnet50 and resnet18 will take 0.39 GB, but TMP/runs/tiny has 0.30 GB left; "
         "free space, choose another, or lower teacher_size or max_shift"),
     "no memory": (no_memory(MemoryError()),
-        "scratch, seed 0: memory ran out; lower batch_size; what was finished is kept, and the same command goes "
-        "on from there"),
+        "scratch, seed 0: memory ran out; lower batch_size; finished results are kept: repeat the command to resume"),
     "no memory, by torch": (no_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 GB")),
-        "scratch, seed 0: memory ran out; lower batch_size; what was finished is kept, and the same command goes "
-        "on from there"),
+        "scratch, seed 0: memory ran out; lower batch_size; finished results are kept: repeat the command to resume"),
     "no memory on the GPU": (no_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")),
-        "scratch, seed 0: memory ran out; lower batch_size; what was finished is kept, and the same command goes "
-        "on from there"),
+        "scratch, seed 0: memory ran out; lower batch_size; finished results are kept: repeat the command to resume"),
     # papermill calls
     "a typing mistake in a notebook": (lambda w: notebook_settings(
         {"In": ["# Parameters\ntemprature = 3"], "profile": w.profile(), "temprature": 3}),
