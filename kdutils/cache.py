@@ -1,4 +1,8 @@
-"""Cached results of a run: made once, written atomically, loaded again only while what they depend on is unchanged."""
+"""Cached results: made once, written atomically, and loaded again only while what they depend on is unchanged.
+
+`cached` loads or makes one; `resumable` hands its maker a `Checkpoint` besides. Below them: what a result depends on
+(`fingerprint`, `describe`), its file, locks between processes, checkpoints, and errors of disk, memory and network.
+"""
 
 import ast
 import contextlib
@@ -32,18 +36,16 @@ from kdutils.progress import tell
 from kdutils.settings import UserError, shown_path
 
 History = dict[str, list[float]]  # a value an epoch
-# seconds between checkpoints, at least: within an epoch; at its end, so that what is cut goes on within one epoch
-CHECKPOINT_EVERY, CHECKPOINT_AT_END = 15.0, 1.0
-CHECKPOINT_FORMAT = 1  # raise it when what `fit` saves changes: older checkpoints are then not used
+Made = tuple[dict[str, Tensor], dict[str, Any]]  # what a maker returns: tensors, and plain (JSON) facts
 FORMAT = 2  # raise it when a cached result's content changes its meaning: older ones are then made again
-# what the system says of a disk that is full, read-only or somebody else's
-DISK_ERRORS = {
-    errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM
-}  # fmt: skip
+CHECKPOINT_FORMAT = 1  # raise it when what `fit` saves changes: older checkpoints are then not used
+# seconds between checkpoints, at least: within an epoch; at its end, so that a short epoch is not repeated
+CHECKPOINT_EVERY, CHECKPOINT_AT_END = 15.0, 1.0
+RESUME = "finished results are kept: repeat the command to resume"
 
 
 class Cached(NamedTuple):
-    """What a computation left: tensors by name, plain facts, the fingerprint of what it depends on, its seconds."""
+    """A cached result: tensors by name, plain facts, the fingerprint of what it depends on, the seconds it took."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
@@ -51,8 +53,47 @@ class Cached(NamedTuple):
     seconds: float
 
 
+def cached(folder: Path, name: str, key: Mapping[str, Any], make: Callable[[], Made]) -> Cached:
+    """Load the cached result `name` if it was made under the same `key` and is undamaged; else make and write it.
+
+    A damaged file is made again, with a line that says so. If two processes want the same cached result, one makes it;
+    the other waits and loads it.
+    """
+    path = cache_path(folder, name, key)
+    if isinstance(found := _load(path, key), Cached):
+        return found
+    with lock(path):
+        if isinstance(found := _load(path, key), Cached):  # made by another process meanwhile
+            return found
+        if found:
+            print(f"{shown_path(path)}: {found}; made again")
+        remove_cut_off(folder, path.stem)
+        start = time.perf_counter()
+        tensors, facts = make()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        made = Cached(tensors, facts, fingerprint(key), time.perf_counter() - start)
+        write_cached(path, key, made)
+    return made
+
+
+def resumable(folder: Path, name: str, key: Mapping[str, Any], make: Callable[["Checkpoint"], Made]) -> Cached:
+    """A cached result whose making can be resumed: `make` is given a checkpoint, which is removed afterwards."""
+    path = cache_path(folder, name, key).with_suffix(".checkpoint")
+    made = cached(folder, name, key, lambda: make(Checkpoint(path)))
+    path.unlink(missing_ok=True)
+    return made
+
+
+def cache_path(folder: Path, name: str, key: Mapping[str, Any]) -> Path:
+    """Where the cached result of that name and key lies: other settings give another file, and both are kept."""
+    return folder / f"{name}-{fingerprint(key)}.safetensors"
+
+
+# Identity
+
+
 def fingerprint(key: Mapping[str, Any]) -> str:
-    """A checksum of everything a cached result depends on."""
+    """A checksum of everything a cached result depends on: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -66,60 +107,60 @@ def tensor_checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def cache_path(folder: Path, name: str, key: Mapping[str, Any]) -> Path:
-    """Where the cached result of that name and key lies: other settings give another file, and both are kept."""
-    return folder / f"{name}-{fingerprint(key)}.safetensors"
+def describe(function: Callable, within: tuple[Callable, ...] = ()) -> dict:
+    """A function's identity for fingerprints: its code without docstring and comments, its defaults, what is bound to
+    it by `functools.partial`, and the functions and plain values from around it that it uses (`within`: its callers).
 
-
-def cached(
-    folder: Path,
-    name: str,
-    key: Mapping[str, Any],
-    make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
-) -> Cached:
-    """Load the cached result `name` if it was made under the same `key` and is undamaged; else make and write it.
-
-    `make` returns tensors and plain (JSON) facts. A damaged file is made again, with a line that says so. Where two
-    processes want the same cached result, one makes it, and the other waits and loads it.
+    Raises `UserError` for what could change unnoticed: a lambda, a closure, anything bound or used that is neither a
+    plain value nor a function.
     """
-    path = cache_path(folder, name, key)
-    if isinstance(found := _trusted(path, key), Cached):
-        return found
-    with lock(path):
-        if isinstance(found := _trusted(path, key), Cached):  # made by another process meanwhile
-            return found
-        if found:
-            print(f"{shown_path(path)}: {found}; made again")
-        remove_cut_off(folder, path.stem)
-        start = time.perf_counter()
-        tensors, facts = make()
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        made = Cached(tensors, facts, fingerprint(key), time.perf_counter() - start)
-        write_cached(path, key, made)
-    return made
+    bound: dict[str, str] = {}
+    while isinstance(function, functools.partial):
+        if function.args:
+            raise UserError("loss: bind its parameters by name, as in partial(distillation_loss, temperature=4.0)")
+        bound = {name: _plain(name, value) for name, value in function.keywords.items()} | bound
+        function = function.func
+    if not inspect.isfunction(function) or function.__name__ == "<lambda>" or function.__closure__:
+        raise UserError(f"loss: {function!r} is not a plain function; define it with `def`, outside other functions")
+    parameters = inspect.signature(function).parameters.values()
+    with_default = [p for p in parameters if p.default is not p.empty and p.name not in bound]
+    defaults = {p.name: _plain(p.name, p.default) for p in with_default}
+    around: dict[str, object] = {}
+    for name in _globals_used(function.__code__) & function.__globals__.keys():
+        value = function.__globals__[name]
+        module = getattr(value, "__module__", None) or ""
+        if inspect.ismodule(value) or inspect.isbuiltin(value) or module.partition(".")[0] == "torch":
+            continue
+        if not any(value is caller for caller in (*within, function)):
+            around[name] = describe(value, (*within, function)) if inspect.isfunction(value) else _plain(name, value)
+    return {"name": function.__qualname__, "code": source_of(function), "bound": defaults | bound, "around": around}
 
 
-def _trusted(path: Path, key: Mapping[str, Any]) -> Cached | str:
-    """The cached result in a file, or the reason why it must be made (empty where there is none yet)."""
-    if not path.exists():
-        return ""
-    loaded = _load(path)
-    if isinstance(loaded, str):
-        return loaded
-    return loaded[1] if loaded[1].fingerprint == fingerprint(key) else "was made under other settings"
+def _globals_used(code: types.CodeType) -> set[str]:
+    """Names that a function reads from around it, comprehensions within included (attributes are not among them)."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return names.union(*(_globals_used(inner) for inner in code.co_consts if inspect.iscode(inner)))
 
 
-def resumable(
-    folder: Path,
-    name: str,
-    key: Mapping[str, Any],
-    make: Callable[["Checkpoint"], tuple[dict[str, Tensor], dict[str, Any]]],
-) -> Cached:
-    """A cached result whose making can be resumed: `make` is given a checkpoint, which is removed afterwards."""
-    path = cache_path(folder, name, key).with_suffix(".checkpoint")
-    made = cached(folder, name, key, lambda: make(Checkpoint(path)))
-    path.unlink(missing_ok=True)
-    return made
+def _plain(name: str, value: object) -> str:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    raise UserError(f"loss: it uses {name} = {value!r:.60}; use numbers and text only, or make it an argument")
+
+
+def source_of(defined: Callable) -> str:
+    """The code of a function or class without its docstrings and comments."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(defined)))
+    except (OSError, TypeError, SyntaxError) as error:
+        raise UserError(f"loss: cannot read the source of {defined!r}; define it in a file or in a cell") from error
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+# Files
 
 
 def write_cached(path: Path, key: Mapping[str, Any], made: Cached) -> Path:
@@ -129,32 +170,25 @@ def write_cached(path: Path, key: Mapping[str, Any], made: Cached) -> Path:
     return write_tensors(path, made.tensors, header)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
-    """Write a .safetensors file atomically: the same content gives the same bytes. Returns its path."""
-
-    def write(temporary: Path) -> None:
-        save_file(dict(tensors), temporary, metadata=dict(header))
-        with temporary.open("r+b") as file:  # as it comes, the file's header is in another order every time
-            size = int.from_bytes(file.read(8), "little")
-            content = json.loads(file.read(size))
-            ordered = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-            if len(ordered) <= size:  # it has to fit where it was
-                file.seek(8)
-                file.write(ordered.ljust(size))
-
-    write_atomically(path, write)
-    return path
-
-
 def read_cached(path: Path) -> tuple[dict[str, Any], Cached]:
     """A cached result and its key, from a file of any name. Raises `UserError` for a damaged file."""
-    loaded = _load(path)
-    if not isinstance(loaded, tuple):
+    loaded = _read(path)
+    if isinstance(loaded, str):
         raise UserError(f"weights: {shown_path(path)} {loaded}; get it again")
     return loaded
 
 
-def _load(path: Path) -> tuple[dict[str, Any], Cached] | str:
+def _load(path: Path, key: Mapping[str, Any]) -> Cached | str:
+    """The cached result in a file, or the reason why it must be made (empty if there is none yet)."""
+    if not path.exists():
+        return ""
+    loaded = _read(path)
+    if isinstance(loaded, str):
+        return loaded
+    return loaded[1] if loaded[1].fingerprint == fingerprint(key) else "was made under other settings"
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Cached] | str:
     """The key and the cached result in a file, or the reason why it cannot be trusted."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -175,12 +209,35 @@ def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
     return hashlib.sha256(f"{tensor_checksum(tensors)} {about}".encode()).hexdigest()
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
+    """Write a .safetensors file atomically: the same content gives the same bytes. Returns its path."""
+
+    def write(temporary: Path) -> None:
+        save_file(dict(tensors), temporary, metadata=dict(header))
+        with temporary.open("r+b") as file:  # as it comes, the file's header is in another order every time
+            size = int.from_bytes(file.read(8), "little")
+            content = json.loads(file.read(size))
+            ordered = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(ordered) <= size:  # it has to fit where it was
+                file.seek(8)
+                file.write(ordered.ljust(size))
+
+    write_atomically(path, write)
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step.
 
-    Raises `UserError` for a disk that is full or that must not be written to; `path` is then as it was.
+    Raises `UserError` for a disk that is full or read-only; `path` is then as it was.
     """
-    descriptor, name = _temporary_file(path.parent, path.stem, "runs_dir")
+    with _writing_to(path.parent, "runs_dir"):
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -191,41 +248,38 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if (reason := disk_error(error)) is None:
             raise
         raise UserError(
-            f"runs_dir: cannot write {shown_path(path)} ({reason}); free space, or choose another; what was finished "
-            "is kept, and the same command goes on from there"
+            f"runs_dir: cannot write {shown_path(path)} ({reason}); free space, or choose another; {RESUME}"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_cut_off(folder: Path, *stems: str) -> None:
-    """Remove what processes that were killed left half-written; only under the lock of those that write there."""
+    """Remove the half-written files of killed processes. Only for the holder of the lock on what is written there."""
     for stem in stems:
         for cut_off in folder.glob(f".{glob.escape(stem)}.*.tmp"):
             cut_off.unlink(missing_ok=True)
 
 
-def disk_error(error: Exception) -> str | None:
-    """What the system says, where an error comes from a disk that is full or that must not be written to."""
-    said = re.search(r"os error (\d+)|code: (\d+)", str(error)) if isinstance(error, SafetensorError) else None
-    number = int(said[1] or said[2]) if said else getattr(error, "errno", None)
-    return os.strerror(number) if number in DISK_ERRORS else None
-
-
-def _temporary_file(folder: Path, stem: str, setting: str) -> tuple[int, str]:
+def check_writable(folder: Path, setting: str) -> None:
+    """Raise `UserError` for a folder that cannot be written to, before there is anything to write."""
     with _writing_to(folder, setting):
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkstemp(dir=folder, prefix=f".{stem}.", suffix=".tmp")
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextlib.contextmanager
 def _writing_to(folder: Path, setting: str) -> Iterator[None]:
+    """Make the folder; what fails inside is the user's to mend."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise UserError(
             f"{setting}: cannot write to {shown_path(folder)} ({error.strerror}); free space, or choose another"
         ) from error
+
+
+# Locks
 
 
 @contextlib.contextmanager
@@ -237,19 +291,19 @@ def lock(path: Path) -> Iterator[None]:
     """
     file = path.with_name(f"{path.name}.lock")
     with _writing_to(file.parent, "runs_dir"):
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     held = FileLock(file, fallback_to_soft=False)  # a soft lock would outlive a process that is killed
     _acquire(held, file, path)
     try:
         yield
-    finally:  # removed before it is let go: whoever waited for it takes a new file
+    finally:  # removed while it is held: who waits for it then takes a new file
         with contextlib.suppress(OSError):  # Windows removes no open file; it stays and does no harm
             file.unlink()
         held.release()
 
 
 def _acquire(held: BaseFileLock, file: Path, path: Path) -> None:
+    """Take a lock, after a wait if need be, and write this process's name into its file."""
     try:
         try:
             held.acquire(timeout=0)
@@ -264,52 +318,12 @@ def _acquire(held: BaseFileLock, file: Path, path: Path) -> None:
 
 
 def _holder(file: Path) -> str:
-    """Who holds a lock, as its file says; the holder has a moment to write it."""
-    for _ in range(5):
-        with contextlib.suppress(OSError):
-            if text := file.read_text(encoding="utf-8", errors="replace"):
-                return text
-        time.sleep(0.1)
+    with contextlib.suppress(OSError):  # removed just now, or on Windows, where nobody reads a locked file
+        return file.read_text(encoding="utf-8", errors="replace") or "another process"
     return "another process"
 
 
-@contextlib.contextmanager
-def lower_if_out_of_memory(what: str, settings: str) -> Iterator[None]:
-    """Turn running out of memory inside into a `UserError` that names the settings to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch has a class of its own for CUDA; the CPU's allocator and Apple's GPU raise RuntimeError
-        said = re.search("out of memory|not enough memory|can't allocate memory", str(error))
-        if not said and not isinstance(error, MemoryError):
-            raise
-        raise UserError(
-            f"{what}: memory ran out; lower {settings}; what was finished is kept, and the same command goes on from "
-            "there"
-        ) from error
-
-
-def check_writable(folder: Path, setting: str) -> None:
-    """Raise `UserError` for a folder that nothing can be written to, before there is anything to write."""
-    descriptor, _ = _temporary_file(folder, "try", setting)
-    os.close(descriptor)
-    remove_cut_off(folder, "try")  # also those of processes that were killed at this point
-
-
-@contextlib.contextmanager
-def network_timeout(seconds: float = 30.0) -> Iterator[None]:
-    """Let downloads inside give up when nothing arrives for so long, instead of waiting for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+# Checkpoints
 
 
 class Checkpoint:
@@ -364,56 +378,36 @@ class Checkpoint:
         self.cost = self.last - start
 
 
-def describe(function: Callable, within: tuple[Callable, ...] = ()) -> dict:
-    """A function's identity for fingerprints: its code without docstring and comments, its defaults, what is bound to
-    it by `functools.partial`, and the functions and plain values from around it that it uses (`within`: its callers).
-
-    Raises `UserError` for what could change unnoticed: a lambda, a closure, anything bound or used that is neither a
-    plain value nor a function.
-    """
-    bound: dict[str, str] = {}
-    while isinstance(function, functools.partial):
-        if function.args:
-            raise UserError("loss: bind the parameters of a loss by name: partial(distillation_loss, temperature=4.0)")
-        bound = {name: _plain(name, value) for name, value in function.keywords.items()} | bound
-        function = function.func
-    if not inspect.isfunction(function) or function.__name__ == "<lambda>" or function.__closure__:
-        raise UserError(f"loss: {function!r} must be a plain function (`def`) that uses no variables of another one")
-    parameters = inspect.signature(function).parameters.values()
-    with_default = [p for p in parameters if p.default is not p.empty and p.name not in bound]
-    defaults = {p.name: _plain(p.name, p.default) for p in with_default}
-    around: dict[str, object] = {}
-    for name in _globals_used(function.__code__) & function.__globals__.keys():
-        value = function.__globals__[name]
-        module = getattr(value, "__module__", None) or ""
-        if inspect.ismodule(value) or inspect.isbuiltin(value) or module.partition(".")[0] == "torch":
-            continue
-        if not any(value is caller for caller in (*within, function)):
-            around[name] = describe(value, (*within, function)) if inspect.isfunction(value) else _plain(name, value)
-    return {"name": function.__qualname__, "code": source_of(function), "bound": defaults | bound, "around": around}
+# Errors
 
 
-def _globals_used(code: types.CodeType) -> set[str]:
-    """Names that a function reads from around it, comprehensions within included (attributes are not among them)."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    return names.union(*(_globals_used(inner) for inner in code.co_consts if inspect.iscode(inner)))
+def disk_error(error: Exception) -> str | None:
+    """The system's message if an error comes from a disk that is full, read-only or somebody else's; else None."""
+    said = re.search(r"os error (\d+)|code: (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    number = int(said[1] or said[2]) if said else getattr(error, "errno", None)
+    known = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM")
+    return os.strerror(number) if number and errno.errorcode.get(number) in known else None
 
 
-def _plain(name: str, value: object) -> str:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    raise UserError(f"loss: it uses {name} = {value!r:.60}; use numbers and texts only, or pass it as an argument")
-
-
-def source_of(defined: Callable) -> str:
-    """The code of a function or class without its docstrings and comments."""
+@contextlib.contextmanager
+def lower_if_out_of_memory(what: str, settings: str) -> Iterator[None]:
+    """Turn running out of memory inside into a `UserError` that names the settings to lower."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(defined)))
-    except (OSError, TypeError, SyntaxError) as error:
-        raise UserError(
-            f"loss: the source of {defined!r} cannot be read; define it with `def` in a file or cell"
-        ) from error
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for CUDA; the CPU's allocator and Apple's GPU raise RuntimeError
+        said = re.search("out of memory|not enough memory|can't allocate memory", str(error))
+        if not said and not isinstance(error, MemoryError):
+            raise
+        raise UserError(f"{what}: memory ran out; lower {settings}; {RESUME}") from error
+
+
+@contextlib.contextmanager
+def network_timeout(seconds: float = 30.0) -> Iterator[None]:
+    """Let downloads inside fail when nothing arrives for this long, instead of waiting for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

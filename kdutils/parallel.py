@@ -1,8 +1,7 @@
 """Independent jobs: in this process, in several processes of this machine, or on a Dask cluster.
 
 A job is a function without arguments that can be pickled: `functools.partial` of a module's function and plain
-arguments. What is worth keeping it keeps as a cached result, so that a job begun again goes on, and one that is done is
-found. Its result is small.
+arguments. It returns something small and keeps the rest as cached results, so that a job that is repeated resumes.
 """
 
 import contextlib
@@ -23,45 +22,47 @@ from kdutils.settings import UserError
 
 Jobs = Mapping[str, Callable[[], Any]]
 Outcome = tuple[Any, str | None]  # a result, or the reason why there is none
-Outcomes = Generator[tuple[str, Outcome], None, None]  # by the names of the jobs
+Outcomes = Generator[tuple[str, Outcome], None, None]  # by the names of the jobs, in the order in which they end
 
 
 def run_jobs(jobs: Jobs, workers: int = 1, scheduler: str | None = None, title: str = "jobs") -> dict[str, Any]:
     """The results of all jobs by name, in the order of the jobs.
 
-    workers: 1 for this process; more for as many processes, among which torch's threads are divided. scheduler: the
-    address of a Dask cluster that runs the jobs instead; its machines share the run folder with this one, and have
-    this project installed. A job that fails is named, and tried once more after the others.
+    workers: 1 for this process; more for as many processes, which share torch's threads. scheduler: the address of a
+    Dask cluster that runs the jobs instead; its machines share the run folder with this one and have this project
+    installed. A job that fails, or whose process dies, is named and tried once more after the others.
 
-    Raises `UserError` for a cluster that cannot be used, and, at the end, naming the jobs that failed twice.
+    Raises `UserError` for a cluster that cannot be used and, at the end, for jobs that failed twice.
     """
     if scheduler is None and workers < 1:
-        raise UserError(f"workers: {workers} will not do; it must be a whole number, at least 1")
+        raise UserError(f"workers: {workers} is not valid; use a whole number, at least 1")
     results: dict[str, Any] = {}
     left = dict(jobs)
-    for is_last in (False, True):
+    for next_step in ("it is tried again later", "this was the second time"):
         reasons: dict[str, str] = {}
-        if scheduler:
-            outcomes = _on_cluster(left, scheduler)
-        else:
-            outcomes = _here(left) if workers == 1 else _spread(left, workers)
-        with contextlib.closing(outcomes):
+        with contextlib.closing(_outcomes(left, workers, scheduler)) as outcomes:
             for _, (name, (result, reason)) in zip(progress_lines(range(len(left)), title), outcomes):
                 if reason is None:
                     results[name] = result
                 else:
                     reasons[name] = reason
-                    print(f"{name}: failed: {reason}; {'that was the second time' if is_last else 'once more later'}")
+                    print(f"{name}: failed: {reason}; {next_step}")
         left = {name: jobs[name] for name in reasons}
         if not left:
             return {name: results[name] for name in jobs}
     failed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise UserError(f"{title}: {len(left)} of {len(jobs)} failed twice ({failed}); all others are done and kept")
+    raise UserError(f"{title}: {len(left)} of {len(jobs)} failed twice ({failed}); the others are done and kept")
 
 
 def check_cluster(scheduler: str) -> None:
     """Raise `UserError` unless a Dask cluster can be used at this address."""
     _client(scheduler).close()
+
+
+def _outcomes(jobs: Jobs, workers: int, scheduler: str | None) -> Outcomes:
+    if scheduler:
+        return _on_cluster(jobs, scheduler)
+    return _in_processes(jobs, workers) if workers > 1 else ((name, _attempt(job)) for name, job in jobs.items())
 
 
 def _attempt(job: Callable[[], Any]) -> Outcome:
@@ -71,18 +72,17 @@ def _attempt(job: Callable[[], Any]) -> Outcome:
         return None, str(error)
     except Exception as error:
         traceback.print_exc()
-        return None, " ".join(f"{type(error).__name__}: {error}".split())
+        return None, _one_line(error)
 
 
-def _here(jobs: Jobs) -> Outcomes:
-    for name, job in jobs.items():
-        yield name, _attempt(job)
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _spread(jobs: Jobs, workers: int) -> Outcomes:
-    """In processes that each do one job after another; one that dies fails its own job, and another takes its place.
+def _in_processes(jobs: Jobs, workers: int) -> Outcomes:
+    """In processes that do one job after another. One that dies fails its own job alone, and another replaces it.
 
-    `concurrent.futures` would fail all jobs then, and leave its processes behind where this one is killed.
+    A pool of `concurrent.futures` or joblib would fail every unfinished job, and outlive this process if it is killed.
     """
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads as they are
     threads = max(1, torch.get_num_threads() // workers)
@@ -116,15 +116,15 @@ def _spread(jobs: Jobs, workers: int) -> Outcomes:
                     outcome = None, f"its process ended with status {process.exitcode}"
                 yield name, outcome
     finally:
-        for process in [process for _, process in (*idle, *busy.values())]:
+        for _, process in [*idle, *busy.values()]:
             process.terminate()
             process.join()
 
 
 def _serve(pipe: Connection, threads: int) -> None:
-    """The life of a worker process: it ends with the one that started it."""
+    """The life of a worker process. It ends with the process that started it, and prints no progress of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # that one is told, and ends this one
-    os.environ.pop("KDUTILS_PROGRESS", None)  # the progress of every training would drown that of the jobs
+    os.environ.pop("KDUTILS_PROGRESS", None)
     sys.stdout = open(os.devnull, "w", encoding="utf-8")
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, OSError):
@@ -132,25 +132,8 @@ def _serve(pipe: Connection, threads: int) -> None:
             pipe.send(_attempt(pipe.recv()))
 
 
-def _client(address: str) -> Any:
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise UserError(
-            "scheduler: a Dask cluster needs the package 'distributed', which is not installed here; "
-            "type: pip install distributed"
-        ) from error
-    try:
-        return Client(address, timeout="5s", set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"scheduler: no Dask scheduler answers at {address!r} ({type(error).__name__}); "
-            "give the address that `dask scheduler` prints, such as tcp://HOST:8786"
-        ) from error
-
-
 def _on_cluster(jobs: Jobs, address: str) -> Outcomes:
-    """On a Dask cluster, which gives the job of a worker that is lost to another."""
+    """On a Dask cluster, which gives the job of a lost worker to another one."""
     with _client(address) as client:
         from distributed import as_completed
 
@@ -160,6 +143,23 @@ def _on_cluster(jobs: Jobs, address: str) -> Outcomes:
             try:
                 outcome = future.result()
             except Exception as error:  # a job that several workers died of, or that they cannot load
-                outcome = None, " ".join(f"{type(error).__name__}: {error}".split())
-            future.release()  # or it would be done again if the worker that holds its result were lost
+                outcome = None, _one_line(error)
+            future.release()  # else it would be repeated if the worker that holds its result were lost
             yield name, outcome
+
+
+def _client(address: str) -> Any:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UserError(
+            "scheduler: the package 'distributed' is not installed; a Dask cluster needs it; "
+            "type: pip install distributed"
+        ) from error
+    try:
+        return Client(address, timeout="5s", set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"scheduler: no Dask scheduler answers at {address!r} ({type(error).__name__}); "
+            "give the address that `dask scheduler` prints, such as tcp://HOST:8786"
+        ) from error

@@ -1,4 +1,4 @@
-"""A batch run's progress in a terminal: one live line for each stage, and how long the whole may still take."""
+"""Progress: a live bar for people, plain lines for files, and one live line a stage for a batch run in a terminal."""
 
 import io
 import math
@@ -14,33 +14,34 @@ from tqdm import tqdm
 
 from kdutils.settings import ARCHITECTURES, Settings
 
-# how many arms each notebook trains that none before it has
+# how many methods each notebook trains students with that none before it has
 STUDENTS = {"01_small_cnn": 1, "02_fine_tuned_resnets": 0, "03_one_teacher": 2, "04_two_teachers": 3}
 _LINE = re.compile(r"(?P<stage>.+?): (epoch (?P<epoch>\d+)/\d+, (?P<whole>loss )?|\d+/\d+, ).*s left")
 
 
 class Batch:
-    """What the progress lines of a batch run's notebooks amount to: `text` makes a terminal's text of each.
+    """Turns the progress lines of a batch run's notebooks into a terminal's text: `text` does one line.
 
-    width: the terminal's columns. The time left counts every student that the notebooks to come would train; those that
-    are trained already take none, so it may be too long. A line too wide for it goes without.
+    width: the terminal's columns; a line that would be wider goes without the time left. That time counts every student
+    of the notebooks to come, and is too long where some are trained already.
     """
 
     def __init__(self, notebooks: Sequence[str], settings: Settings, width: int):
         self.width, self.stage = width, ""
-        arms = {name: STUDENTS.get(name) for name in notebooks}
-        self.due = {name: None if n is None else n * len(settings.seeds) * settings.epochs for name, n in arms.items()}
+        epochs = len(settings.seeds) * settings.epochs
+        # epochs of students by notebook, less those seen; None: unknown
+        self.due = {name: STUDENTS[name] * epochs if name in STUDENTS else None for name in notebooks}
         self.seconds: list[float] = []  # of the students' last epochs
-        self.last = ("", 0, 0.0)
+        self.last = ("", 0, 0.0)  # the stage, epoch and time of the last one
 
     def begin(self, notebook: str) -> None:
-        """Say that a notebook begins, and that all before it are done."""
+        """A notebook begins: all before it are done."""
         names = list(self.due)
         for name in names[: names.index(notebook)]:
             del self.due[name]
 
     def text(self, line: str, now: float | None = None) -> str:
-        """What to write for a line of the log: over the line before it, if that was of the same stage."""
+        """What to write for a line of the log. It replaces the line before it if that was of the same stage."""
         found = _LINE.fullmatch(line)
         if not found:
             before, self.stage = "\n" if self.stage else "", ""
@@ -58,12 +59,12 @@ class Batch:
         return before
 
     def left(self) -> str:
-        """What all students that may be due still take, once an epoch was timed, and what else is to come."""
+        """The minutes that the students to come may take, once an epoch was timed, and what else is to come."""
         counts = [count for count in self.due.values() if count is not None]
         if not self.seconds or not counts:
             return ""
         minutes = math.ceil(max(0, sum(counts)) * statistics.fmean(self.seconds) / 60)
-        others = " + ResNets" if "02_fine_tuned_resnets" in self.due else ""
+        others = " + teachers" if "02_fine_tuned_resnets" in self.due else ""
         others += " + study" if None in self.due.values() else ""
         return f"[all: {minutes} min{others}] "
 
@@ -80,34 +81,39 @@ class Batch:
 
 
 class TrainingProgress:
-    """Shows a training's progress: a tqdm bar for people, plain lines for files and batch runs (one an epoch, and one
-    a minute in long epochs). A context manager; leaving it closes the bar."""
+    """Shows a training's progress: a bar for people; for files and batch runs a plain line an epoch, and one a minute
+    in long epochs. A context manager: leaving it closes the bar."""
+
+    bar: tqdm | None = None
 
     def __init__(self, name: str):
         self.name = name
-        self.bar: tqdm | None = None
-        self.plain: Any = None
 
     def __enter__(self) -> "TrainingProgress":
         return self
 
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
     def begin(self, epochs: int, steps: int, done: float = 0.0) -> None:
-        """Open the bar or the log. steps: of an epoch; done: epochs that an earlier run has done."""
+        """The training begins. steps: of an epoch; done: epochs that an earlier run has done."""
         self.epochs, self.steps, self.done = epochs, steps, done
         self.start = self.shown = time.monotonic()
-        self.plain = open_progress_log()
-        if self.plain is None:
+        if _is_watched():
             # n counts epochs, by steps
             form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]"
             self.bar = _bar(desc=self.name, total=epochs, initial=done, bar_format=form)
 
     def step(self, epoch: int, step: int) -> None:
+        """A step is done, the last of its epoch excepted. epoch: counted from 0; step: from 1."""
         if self.bar is not None:
             self.bar.update(1 / self.steps)
         elif time.monotonic() - self.shown > 60:
             self._line(f"epoch {epoch + 1}/{self.epochs}, step {step:,} of {self.steps:,}", epoch + step / self.steps)
 
     def epoch(self, history: dict[str, list[float]]) -> None:
+        """An epoch is done; `history` ends with its `train_loss` and `val_accuracy`."""
         done, loss, accuracy = len(history["train_loss"]), history["train_loss"][-1], history["val_accuracy"][-1]
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f}, val {accuracy:.1%}", refresh=False)
@@ -118,24 +124,37 @@ class TrainingProgress:
     def _line(self, text: str, done: float) -> None:
         self.shown = time.monotonic()
         left = (self.shown - self.start) / (done - self.done) * (self.epochs - done)
-        print(f"{self.name}: {text}, {left:.0f} s left", file=self.plain, flush=True)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif self.plain not in (None, sys.stdout):
-            self.plain.close()
+        tell(f"{self.name}: {text}, {left:.0f} s left")
 
 
-def open_progress_log():
-    """Where plain progress lines go: the batch run's log, or stdout when nobody watches; None for a live bar."""
+def progress_lines(items, name: str) -> Iterator:
+    """Go through `items` (a sequence) with a bar, or with a plain line about every ten seconds."""
+    if _is_watched():
+        yield from _bar(items, desc=name)
+        return
+    start = shown = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - shown > 10:
+            left = (now - start) / done * (len(items) - done)
+            tell(f"{name}: {done}/{len(items)}, {left:.0f} s left")
+            shown = now
+
+
+def tell(text: str) -> None:
+    """Print a line where somebody looks: in the log of a batch run if there is one."""
     if "KDUTILS_PROGRESS" in os.environ:
-        return open(os.environ["KDUTILS_PROGRESS"], "a", encoding="utf-8")
-    return None if _is_watched() else sys.stdout
+        with open(os.environ["KDUTILS_PROGRESS"], "a", encoding="utf-8") as log:
+            print(text, file=log)
+    else:
+        print(text, flush=True)
 
 
 def _is_watched() -> bool:
     """Whether somebody sees a live bar: in a terminal, or in a notebook that can ask for input (papermill's cannot)."""
+    if "KDUTILS_PROGRESS" in os.environ:  # a batch run reads plain lines
+        return False
     if _in_notebook():
         from IPython import get_ipython
 
@@ -145,6 +164,13 @@ def _is_watched() -> bool:
 
 def _in_notebook() -> bool:
     return "ipykernel" in sys.modules and type(sys.stdout).__module__.startswith("ipykernel")
+
+
+def _bar(items=None, **options: Any) -> tqdm:
+    """A live bar that stays when it is done, in a terminal or in a notebook's cell."""
+    if _in_notebook():
+        return _CellBar(items, file=io.StringIO(), ncols=100, mininterval=0.5, ascii=False, **options)
+    return tqdm(items, file=sys.stdout, dynamic_ncols=True, **options)
 
 
 class _CellBar(tqdm):
@@ -160,37 +186,3 @@ class _CellBar(tqdm):
             self.output = display(shown, raw=True, display_id=True)
         else:
             self.output.update(shown, raw=True)
-
-
-def _bar(items=None, **options: Any) -> tqdm:
-    """A live bar that stays when it is done, in a terminal or in a notebook's cell."""
-    if _in_notebook():
-        return _CellBar(items, file=io.StringIO(), ncols=100, mininterval=0.5, ascii=False, **options)
-    return tqdm(items, file=sys.stdout, dynamic_ncols=True, **options)
-
-
-def progress_lines(items, name: str) -> Iterator:
-    """Go through `items` (a sequence) with a bar, or with a plain line about every ten seconds."""
-    plain = open_progress_log()
-    if plain is None:
-        yield from _bar(items, desc=name)
-        return
-    start = shown = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - shown > 10:
-            left = (now - start) / done * (len(items) - done)
-            print(f"{name}: {done}/{len(items)}, {left:.0f} s left", file=plain, flush=True)
-            shown = now
-    if plain is not sys.stdout:
-        plain.close()
-
-
-def tell(text: str) -> None:
-    """Print a line where somebody looks: through the log of a batch run, where there is one."""
-    if "KDUTILS_PROGRESS" in os.environ:
-        with open(os.environ["KDUTILS_PROGRESS"], "a", encoding="utf-8") as log:
-            print(text, file=log)
-    else:
-        print(text, flush=True)

@@ -394,10 +394,12 @@ BAD = {
     "a file in place of the run folder": (lambda w: load_data(w.settings(runs_dir=str(a_path(w.tmp / "file")))),
         "runs_dir: cannot write to TMP/file (...); free space, or choose another"),
     "a full disk": (full_disk(lambda w: record(w.settings(), "01", [], {"text": "x" * 5000}, [], {})),
-        "runs_dir: cannot write TMP/runs/tiny/found/01.json (...); free space...choose another...kept..."),
+        "runs_dir: cannot write TMP/runs/tiny/found/01.json (...); free space, or choose another; finished "
+        "results are kept: repeat the command to resume"),
     "a full disk, for tensors": (full_disk(lambda w: write_cached(
         w.tmp / "x.safetensors", {}, Cached({"a": torch.zeros(9000)}, {}, "", 0.0))),
-        "runs_dir: cannot write TMP/x.safetensors (...); free space...choose another...kept..."),
+        "runs_dir: cannot write TMP/x.safetensors (...); free space, or choose another; finished results are "
+        "kept: repeat the command to resume"),
     "no room for the features": (no_room,
         "runs_dir: the features of resnet50 and resnet18 need 0.05 GB, but TMP/runs/tiny has 0.03 GB left; "
         "free space, choose another folder, or lower teacher_size or teacher_views"),

@@ -1,7 +1,8 @@
-"""Jobs: every one is done once, wherever it runs and whatever dies on the way."""
+"""kdutils.parallel: every job is done once, wherever it runs and whatever dies on the way."""
 
 import os
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,7 +14,11 @@ from things_to_do import about_the_process, die, divide, fail_at_first, lines, m
 
 from kdutils.parallel import run_jobs
 
-# In this process, and in several
+NOBODY = "tcp://127.0.0.1:9"
+
+
+def jobs_that_fail_once(folder, **how):
+    return {name: partial(fail_at_first, folder, name, failure) for name, failure in how.items()}
 
 
 def test_results_come_by_name_in_the_order_of_the_jobs():
@@ -35,70 +40,78 @@ def test_processes_are_others_quiet_and_share_the_threads(monkeypatch, tmp_path)
 
 
 def test_a_failed_job_is_named_and_tried_once_more_after_the_others(tmp_path, capsys):
-    fails = {"a": None, "b": refuse, "c": divide, "d": None}
-    jobs = {name: partial(fail_at_first, tmp_path, name, how) for name, how in fails.items()}
+    jobs = jobs_that_fail_once(tmp_path, a=None, b=refuse, c=divide, d=None)
     assert run_jobs(jobs) == {name: name for name in jobs}
     assert lines(tmp_path) == ["a", "d", "b", "c"]
     out = capsys.readouterr().out
-    assert "b: failed: learning_rate: too high; once more later" in out
-    assert "c: failed: ZeroDivisionError: division by zero; once more later" in out
+    assert "b: failed: learning_rate: too high; it is tried again later" in out
+    assert "c: failed: ZeroDivisionError: division by zero; it is tried again later" in out
 
 
 def test_a_process_that_dies_fails_its_own_job_alone(tmp_path, capsys):
-    fails = {"a": None, "b": die, "c": refuse, "d": None}
-    jobs = {name: partial(fail_at_first, tmp_path, name, how) for name, how in fails.items()}
+    jobs = jobs_that_fail_once(tmp_path, a=None, b=die, c=refuse, d=None)
     assert run_jobs(jobs, 2) == {name: name for name in jobs}
     assert sorted(lines(tmp_path)) == ["a", "b", "c", "d"] and sorted(lines(tmp_path)[2:]) == ["b", "c"]
     out = capsys.readouterr().out
-    assert "b: failed: its process ended with status -9; once more later" in out and out.count("failed") == 2
+    assert "b: failed: its process ended with status -9; it is tried again later" in out and out.count("failed") == 2
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    jobs = f"{{str(n): partial(make_after_go, Path({str(tmp_path)!r}), n) for n in range(4)}}"
+    code = f"from functools import partial\nfrom pathlib import Path\nfrom things_to_do import *\nrun_jobs({jobs}, 2)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", f"from kdutils.parallel import run_jobs\n{code}"], env=environment)
+    wait_for(lambda: len(lines(tmp_path, "begun")) == 2)
+    processes = [psutil.Process(int(line.split()[2])) for line in lines(tmp_path, "begun")]
+    parent.kill()
+    parent.wait()
+    (tmp_path / "go").touch()
+    assert psutil.wait_procs(processes, timeout=60)[1] == [] and len(lines(tmp_path, "begun")) == 2
 
 
 def test_what_fails_twice_is_named_and_the_others_are_done(tmp_path):
-    jobs = {"bad": refuse, **{name: partial(fail_at_first, tmp_path, name) for name in "ab"}, "worse": divide}
+    jobs = {"bad": refuse, **jobs_that_fail_once(tmp_path, a=None, b=None), "worse": divide}
     message = message_of(run_jobs, jobs, title="sweep")
     assert message.startswith("sweep: 2 of 4 failed twice (bad: learning_rate: too high; worse: ZeroDivisionError: ")
     assert lines(tmp_path) == ["a", "b"]
 
 
 def test_no_process_at_all_is_refused():
-    assert message_of(run_jobs, {}, 0).startswith("workers: 0 will not do")
+    assert message_of(run_jobs, {}, 0) == "workers: 0 is not valid; use a whole number, at least 1"
 
 
-# On a Dask cluster
-
-
-def test_a_cluster_that_does_not_answer_is_named():
+@pytest.mark.parametrize("address", [NOBODY, "nonsense://here"])
+def test_a_cluster_that_does_not_answer_is_named(address):
     pytest.importorskip("distributed", reason="the optional package distributed is not installed")
-    for address in ("tcp://127.0.0.1:9", "nonsense://here"):
-        assert address in message_of(run_jobs, {"a": int}, scheduler=address)
+    assert address in message_of(run_jobs, {"a": int}, scheduler=address)
 
 
 def test_without_dask_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    assert "pip install distributed" in message_of(run_jobs, {"a": int}, scheduler="tcp://127.0.0.1:8786")
+    assert "pip install distributed" in message_of(run_jobs, {"a": int}, scheduler=NOBODY)
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two worker processes on this machine."""
+    """The address of a cluster of two worker processes on this machine."""
     distributed = pytest.importorskip("distributed", reason="the optional package distributed is not installed")
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
     ) as found:
-        yield found
+        yield found.scheduler_address
 
 
 def test_a_job_that_fails_on_the_cluster_is_tried_once_more(cluster, tmp_path, capsys):
-    jobs = {name: partial(fail_at_first, tmp_path, name, how) for name, how in {"a": None, "b": refuse}.items()}
-    assert run_jobs(jobs, scheduler=cluster.scheduler_address) == {"a": "a", "b": "b"}
+    assert run_jobs(jobs_that_fail_once(tmp_path, a=None, b=refuse), scheduler=cluster) == {"a": "a", "b": "b"}
     assert "b: failed: learning_rate: too high" in capsys.readouterr().out
-    assert "bad: learning_rate" in message_of(run_jobs, {"bad": refuse}, scheduler=cluster.scheduler_address)
+    assert "bad: learning_rate" in message_of(run_jobs, {"bad": refuse}, scheduler=cluster)
 
 
 def test_a_lost_worker_costs_no_job_and_none_is_done_twice(cluster, tmp_path):
     jobs = {str(number): partial(make_after_go, tmp_path, number) for number in range(8)}
     with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(run_jobs, jobs, scheduler=cluster.scheduler_address)
+        running = thread.submit(run_jobs, jobs, scheduler=cluster)
         wait_for(lambda: len(lines(tmp_path, "begun")) == 2)
         _, lost, process = lines(tmp_path, "begun")[0].split()
         os.kill(int(process), signal.SIGKILL)

@@ -85,7 +85,7 @@ def test_a_stage_is_one_live_line_and_its_last_state_stays(batch):
     assert [text[:1] for text in texts] == ["\r", "\r", "\n", "\n"] and batch.end() == ""
     assert "".join(texts[:3]).count("\n") == 1
     assert batch.text("resnet50: features of every view: 3/180, 40 s left") == (
-        "\r\x1b[K  [all: 1 min + ResNets + study] resnet50: features of every view: 3/180, 40 s left"
+        "\r\x1b[K  [all: 1 min + teachers + study] resnet50: features of every view: 3/180, 40 s left"
     )
     assert batch.text("x: waiting for another process") == "\nx: waiting for another process\n"
     assert batch.text(student(3), 5).startswith("\r")
@@ -134,13 +134,13 @@ def test_the_time_left_counts_the_students_that_the_notebooks_to_come_may_train(
     # 3 epochs of 2 seeds of 6 arms, less the 2 seen, at a minute each
     assert batch.text(student(2), 60) == f"\r\x1b[K  {student(2)}"  # too wide for more
     batch.width = 200
-    assert batch.left() == "[all: 34 min + ResNets + study] "
+    assert batch.left() == "[all: 34 min + teachers + study] "
     assert batch.text("scratch, seed 1: epoch 3/3, loss 1.000, val 50.0%, 0 s left", 200).startswith(
-        "\n  [all: 31 min + ResNets + study] scratch"  # it was cut after two epochs, which are not due
+        "\n  [all: 31 min + teachers + study] scratch"  # it was cut after two epochs, which are not due
     )
     batch.text("scratch, seed 1: epoch 2/3, step 5 of 9, 7 s left", 70)
     batch.text("resnet18, last_block, seed 0: epoch 1/3, loss 1.000, val 50.0%, 9 s left", 80)
-    assert batch.left() == "[all: 31 min + ResNets + study] "
+    assert batch.left() == "[all: 31 min + teachers + study] "
     batch.begin(NOTEBOOKS[2])  # what was trained before took nothing
     assert batch.left() == "[all: 30 min + study] "
     batch.begin("study")

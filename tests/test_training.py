@@ -428,7 +428,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, alw
 
     monkeypatch.setattr(os, "fsync", full)
     message = message_of(train, network(), checkpoint=path)
-    assert str(path) in message and "No space left on device" in message and "goes on from there" in message
+    assert str(path) in message and "No space left on device" in message and "repeat the command" in message
     assert [file.name for file in tmp_path.iterdir()] == ["x.checkpoint"]
     monkeypatch.setattr(os, "fsync", fsync)
     whole, resumed = network(), network(seed=5)

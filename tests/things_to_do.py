@@ -1,4 +1,4 @@
-"""What test_jobs.py has done in worker processes, which import it from here (and nothing slow with it)."""
+"""What test_parallel.py has done in worker processes, which import it from here (and nothing slow with it)."""
 
 import os
 import signal
