@@ -245,12 +245,6 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     return module
 
 
-def architecture(arch: str, size: int, num_classes: int) -> nn.Module:
-    """A whole ResNet with random weights: normalised images float [B, 3, H, W], resized to `size`, to logits."""
-    models = ensure_torchvision().models
-    return cut(seeded(0, getattr(models, arch)), "all", size, num_classes, seed=0)[1]
-
-
 def layer_table(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What torchsummary prints, as two tables: the layers, and the memory for one image in MB (2^20 bytes, float32).
 

@@ -218,16 +218,14 @@ def confusion(matrix: Any, classes: Sequence[str]) -> Figure:
 
 
 @_styled
-def setting_map(
-    frame: pd.DataFrame, rows: str = "temperature", columns: str = "alpha", value: str = "val_accuracy"
-) -> Figure:
-    """Mean validation accuracy (%) of every combination of two settings as a heat map, with its number, the
+def setting_map(frame: pd.DataFrame) -> Figure:
+    """Mean validation accuracy (%) of every combination of temperature and alpha as a heat map, with its number, the
     standard deviation over the trial's folds and seeds beneath it, and a frame around the highest mean.
 
-    frame: a row per trained student with the columns named by `rows`, `columns` and `value` (a fraction). Rows
-    without a value of either are left out, and combinations that were not tried stay blank.
+    frame: a row per trained student with the columns temperature, alpha and val_accuracy (a fraction). Rows without a
+    temperature or an alpha are left out, and combinations that were not tried stay blank.
     """
-    groups = frame.groupby([rows, columns])[value]
+    groups = frame.groupby(["temperature", "alpha"]).val_accuracy
     means, deviations = 100 * groups.mean().unstack(), 100 * groups.std().unstack()
     figure, axes = _panel(min(WIDTH, 1.5 + 0.78 * means.shape[1]), 0.9 + 0.5 * means.shape[0])
     pairs = zip(means.to_numpy(), deviations.to_numpy())
@@ -235,10 +233,9 @@ def setting_map(
     _heat_map(axes, means, texts, "validation accuracy (%)", fmt="")
     row, column = divmod(int(np.nanargmax(means)), means.shape[1])
     axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=COLOURS[1], linewidth=2, clip_on=False))
-    symbols = {"alpha": "$\\alpha$: weight of the soft term", "temperature": "temperature $T$"}
     axes.set_xticklabels([f"{number:g}" for number in means.columns])
     axes.set_yticklabels([f"{number:g}" for number in means.index])
-    axes.set(xlabel=symbols.get(columns, columns), ylabel=symbols.get(rows, rows))
+    axes.set(xlabel="$\\alpha$: weight of the soft term", ylabel="temperature $T$")
     axes.invert_yaxis()
     return figure
 
