@@ -1,6 +1,7 @@
 """kdutils.losses: the formulas and their identities, in float64."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,6 +33,13 @@ def logits(seed, batch=6, classes=5, scale=3.0, dtype=torch.float64):
 
 
 LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
+SOME_LABELS = torch.tensor([-1, 4, 2, -1, 1, 3])
+NO_LABELS = torch.full((6,), -1)
+same = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
+
+
+def softened(one, temperature):
+    return (one / temperature).softmax(-1)
 
 
 def gradient(loss, student):
@@ -51,141 +59,121 @@ def test_kd_loss_is_its_formula(temperature):
     assert found == pytest.approx(temperature**2 * total / 6, rel=1e-12) and found > 0
 
 
-def test_the_gradient_is_that_of_softened_probabilities():
-    student, teacher, temperature = logits(0), logits(1), 3.0
-    difference = (student / temperature).softmax(1) - (teacher / temperature).softmax(1)
-    found = gradient(lambda s: kd_loss(s, teacher, temperature), student)
-    torch.testing.assert_close(found, temperature * difference / len(student), rtol=1e-10, atol=1e-14)
-
-
-SOME_LABELS = torch.tensor([-1, 4, 2, -1, 1, 3])
+SOFT = {
+    "kd": lambda s, t: kd_loss(s, t, 4.0),
+    "dkd": lambda s, t: dkd_loss(s, t, LABELS, 4.0, 1.0, 8.0),
+    "dist": lambda s, t: dist_loss(s, t, 4.0, 1.0, 2.0),
+    "standardised": lambda s, t: kd_loss(standardise(s), standardise(t), 4.0),
+}
+MIXED = {
+    "kd": distillation_loss,
+    "dkd": partial(dkd_distillation_loss, dkd_alpha=1.0, dkd_beta=8.0),
+    "dist": partial(dist_distillation_loss, dist_beta=1.0, dist_gamma=2.0),
+    "standardised": standardised_distillation_loss,
+}
+MIXED = {name: partial(loss, labels=LABELS, temperature=4.0) for name, loss in MIXED.items()}
 LOSSES = {
-    "kd_loss": lambda s: kd_loss(s, logits(1).to(s.dtype), 4.0),
-    "cross_entropy": lambda s: cross_entropy(s, LABELS, 0.1),
-    "distillation_loss": lambda s: distillation_loss(s, logits(1).to(s.dtype), LABELS, 4.0, 0.7, 0.1),
-    "distillation_loss, some labels": lambda s: distillation_loss(
-        s, logits(1).to(s.dtype), SOME_LABELS, 4.0, 0.7),
-    **{rule: lambda s, rule=rule: combine_teachers([s, logits(1).to(s.dtype)], rule, 4.0, LABELS).square().mean()
-       for rule in RULES},
-    "dkd_loss": lambda s: dkd_loss(s, logits(1).to(s.dtype), LABELS, 4.0, 1.0, 8.0),
-    "dist_loss": lambda s: dist_loss(s, logits(1).to(s.dtype), 2.0, 1.0, 3.0),
-    "dkd_distillation_loss": lambda s: dkd_distillation_loss(s, logits(1).to(s.dtype), LABELS, 4.0, 0.7, 1.0, 8.0, 0.1),
-    "dist_distillation_loss": lambda s: dist_distillation_loss(s, logits(1).to(s.dtype), LABELS, 2.0, 0.7, 1.0, 3.0),
-    "standardised_distillation_loss": lambda s: standardised_distillation_loss(
-        s, logits(1).to(s.dtype), LABELS, 2.0, 0.7, 0.1),
-}  # fmt: skip
+    "cross_entropy": lambda s, t: cross_entropy(s, LABELS, 0.1),
+    "some labels": lambda s, t: distillation_loss(s, t, SOME_LABELS, 4.0, 0.7),
+    **SOFT,
+    **{f"mixed {name}": partial(loss, alpha=0.7, label_smoothing=0.1) for name, loss in MIXED.items()},
+}
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_agree_with_differences_and_precision_is_kept(name):
-    assert torch.autograd.gradcheck(LOSSES[name], logits(0).requires_grad_())
-    for dtype in (torch.float32, torch.float64):
-        assert LOSSES[name](logits(0, dtype=dtype)).dtype == dtype
+def test_gradients_agree_with_differences_and_a_shift_of_an_images_logits_changes_nothing(name):
+    loss, student, teacher = LOSSES[name], logits(0), logits(1)
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher), student.clone().requires_grad_())
+    same(loss(student + 123.0, teacher), loss(student, teacher))
 
 
-def test_stored_half_precision_teachers_are_taken_in_the_students_precision():
-    student, teacher = logits(0), logits(1, dtype=torch.float16)
-    torch.testing.assert_close(kd_loss(student, teacher, 4.0), kd_loss(student, teacher.double(), 4.0), rtol=0, atol=0)
-    assert distillation_loss(student.float(), teacher, LABELS, 4.0, 0.5).dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in RULES])
-def test_a_shift_of_all_logits_changes_nothing(name):
-    student = logits(0)
-    torch.testing.assert_close(LOSSES[name](student + 123.0), LOSSES[name](student), rtol=1e-10, atol=0)
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"standardised"}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stored_half_precision_teachers_are_taken_in_the_students_precision(name, dtype):
+    student, teacher = logits(0, dtype=dtype), logits(1, dtype=torch.float16)
+    found = LOSSES[name](student, teacher)
+    assert found.dtype == dtype and torch.equal(found, LOSSES[name](student, teacher.to(dtype)))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
-def test_cross_entropy_by_hand(smoothing):
-    """A label's target is 1 - smoothing, and every class gets smoothing / C besides."""
-    log_probs = logits(0).log_softmax(1)
-    rows = [(1 - smoothing) * row[label] + smoothing * row.mean() for row, label in zip(log_probs, LABELS)]
-    found = cross_entropy(logits(0), LABELS, smoothing)
-    torch.testing.assert_close(found, -torch.stack(rows).mean(), rtol=1e-12, atol=0)
+@pytest.mark.parametrize("labels", [LABELS, SOME_LABELS], ids=["labels", "some labels"])
+def test_cross_entropy_by_hand(smoothing, labels):
+    """A label's target is 1 - smoothing, and every class gets smoothing / C besides; a mean over labelled images."""
+    rows = [
+        (1 - smoothing) * row[label] + smoothing * row.mean()
+        for row, label in zip(logits(0).log_softmax(1), labels)
+        if label >= 0
+    ]
+    same(cross_entropy(logits(0), labels, smoothing), -torch.stack(rows).mean())
 
 
-def test_cross_entropy_is_a_mean_over_the_labelled_images():
-    student, kept = logits(0), SOME_LABELS >= 0
-    expected = cross_entropy(student[kept], SOME_LABELS[kept], 0.1)
-    torch.testing.assert_close(cross_entropy(student, SOME_LABELS, 0.1), expected, rtol=1e-12, atol=0)
-    assert cross_entropy(student, torch.full((6,), -1)).item() == 0
-    assert gradient(lambda s: cross_entropy(s, torch.full((6,), -1)), student).abs().max() == 0
+def test_cross_entropy_without_any_label_is_0_and_teaches_nothing():
+    assert cross_entropy(logits(0), NO_LABELS).item() == 0
+    assert gradient(lambda s: cross_entropy(s, NO_LABELS), logits(0)).abs().max() == 0
 
 
-@pytest.mark.parametrize("mixed, soft, values", [
-    (distillation_loss, lambda s, t: kd_loss(s, t, 4.0), {}),
-    (dkd_distillation_loss, lambda s, t: dkd_loss(s, t, LABELS, 4.0, 1.0, 8.0), {"dkd_alpha": 1.0, "dkd_beta": 8.0}),
-    (dist_distillation_loss, lambda s, t: dist_loss(s, t, 4.0, 1.0, 2.0), {"dist_beta": 1.0, "dist_gamma": 2.0}),
-    (standardised_distillation_loss, lambda s, t: kd_loss(standardise(s), standardise(t), 4.0), {}),
-])  # fmt: skip
+@pytest.mark.parametrize("name", MIXED)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_every_soft_term_is_weighed_against_the_labels_in_the_same_way(mixed, soft, values, alpha, smoothing):
+def test_every_soft_term_is_weighed_against_the_labels_in_the_same_way(name, alpha, smoothing):
     student, teacher = logits(0), logits(1)
-    expected = alpha * soft(student, teacher) + (1 - alpha) * cross_entropy(student, LABELS, smoothing)
-    found = mixed(student, teacher, LABELS, temperature=4.0, alpha=alpha, label_smoothing=smoothing, **values)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    expected = alpha * SOFT[name](student, teacher) + (1 - alpha) * cross_entropy(student, LABELS, smoothing)
+    same(MIXED[name](student, teacher, alpha=alpha, label_smoothing=smoothing), expected)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("labels", [SOME_LABELS, torch.full((6,), -1)], ids=["some labels", "no labels"])
+@pytest.mark.parametrize("labels", [SOME_LABELS, NO_LABELS], ids=["some labels", "no labels"])
 def test_an_image_without_a_label_counts_with_its_soft_term_alone(alpha, labels):
     rows = [(logits(0)[i : i + 1], logits(1)[i : i + 1], labels[i : i + 1]) for i in range(6)]
     each = [kd_loss(s, t, 4.0) if y < 0 else distillation_loss(s, t, y, 4.0, alpha, 0.1) for s, t, y in rows]
-    found = distillation_loss(logits(0), logits(1), labels, 4.0, alpha, 0.1)
-    torch.testing.assert_close(found, torch.stack(each).mean(), rtol=1e-12, atol=0)
+    same(distillation_loss(logits(0), logits(1), labels, 4.0, alpha, 0.1), torch.stack(each).mean())
 
 
-@pytest.mark.parametrize("teachers", [2, 3])
+# Teachers combined
+
+
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_mean_prob_is_the_mean_of_softened_probabilities_and_has_the_gradient_of_the_mean_divergence(
-    teachers, temperature
-):
-    student, each = logits(9), [logits(seed) for seed in range(teachers)]
-    combined = combine_teachers(each, "mean_prob", temperature)
-    expected = sum((t / temperature).softmax(1) for t in each) / teachers
-    torch.testing.assert_close((combined / temperature).softmax(1), expected, rtol=1e-12, atol=1e-15)
+def test_mean_prob_is_the_mean_probability_and_has_the_gradient_of_the_mean_divergence(count, temperature):
+    student, teachers = logits(9), [logits(seed) for seed in range(count)]
+    combined = combine_teachers(teachers, "mean_prob", temperature)
+    same(softened(combined, temperature), sum(softened(t, temperature) for t in teachers) / count)
     one = gradient(lambda s: kd_loss(s, combined, temperature), student)
-    mean = gradient(lambda s: sum(kd_loss(s, t, temperature) for t in each) / teachers, student)
-    torch.testing.assert_close(one, mean, rtol=1e-10, atol=1e-14)
+    same(one, gradient(lambda s: sum(kd_loss(s, t, temperature) for t in teachers) / count, student))
 
 
 def test_mean_logit_is_the_geometric_mean_of_probabilities():
-    each = [logits(0), logits(1)]
-    geometric = ((each[0] / 4).softmax(1) * (each[1] / 4).softmax(1)).sqrt()
-    found = (combine_teachers(each, "mean_logit", 4.0) / 4).softmax(1)
-    torch.testing.assert_close(found, geometric / geometric.sum(1, keepdim=True))
+    geometric = (softened(logits(0), 4.0) * softened(logits(1), 4.0)).sqrt()
+    combined = combine_teachers([logits(0), logits(1)], "mean_logit", 4.0)
+    same(softened(combined, 4.0), geometric / geometric.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_confidence_weighs_by_the_belief_in_the_true_label(temperature):
     """For two teachers w1 = p1[y] / (p1[y] + p2[y]), with p at T = 1 at any temperature of the target."""
     one, other = logits(0), logits(1)
+    ce1, ce2 = (F.cross_entropy(t, LABELS, reduction="none") for t in (one, other))
+    weight = (1 - ce1.exp() / (ce1.exp() + ce2.exp()))[:, None]  # CA-MKD, equation 3
     p1, p2 = (t.softmax(1)[torch.arange(6), LABELS] for t in (one, other))
-    weight = (p1 / (p1 + p2))[:, None]
-    expected = weight * (one / temperature).softmax(1) + (1 - weight) * (other / temperature).softmax(1)
-    found = combine_teachers([one, other], "confidence", temperature, LABELS)
-    torch.testing.assert_close((found / temperature).softmax(1), expected, rtol=1e-10, atol=1e-14)
-    ce1, ce2 = (F.cross_entropy(t, LABELS, reduction="none") for t in (one, other))  # CA-MKD, equation 3
-    torch.testing.assert_close(weight[:, 0], 1 - ce1.exp() / (ce1.exp() + ce2.exp()))
+    same(weight[:, 0], p1 / (p1 + p2))
+    combined = combine_teachers([one, other], "confidence", temperature, LABELS)
+    expected = weight * softened(one, temperature) + (1 - weight) * softened(other, temperature)
+    same(softened(combined, temperature), expected)
 
 
 def test_confidence_weighs_an_image_without_a_label_equally():
-    each = [logits(0), logits(1)]
-    found = combine_teachers(each, "confidence", 4.0, SOME_LABELS)
-    equal, by_label = combine_teachers(each, "mean_prob", 4.0), combine_teachers(each, "confidence", 4.0, LABELS)
-    expected = torch.where((SOME_LABELS < 0)[:, None], equal, by_label)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    teachers = [logits(0), logits(1)]
+    equal, by_label = (combine_teachers(teachers, rule, 4.0, LABELS) for rule in ("mean_prob", "confidence"))
+    found = combine_teachers(teachers, "confidence", 4.0, SOME_LABELS)
+    same(found, torch.where((SOME_LABELS < 0)[:, None], equal, by_label))
     assert (equal - by_label).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_order_of_teachers_does_not_matter_and_a_teacher_and_its_copy_are_that_teacher(rule):
     one, other = logits(0), logits(1)
-    there, back = (combine_teachers(pair, rule, 4.0, LABELS) for pair in ([one, other], [other, one]))
-    torch.testing.assert_close(there, back, rtol=1e-12, atol=1e-14)
-    found = combine_teachers([one, one], rule, 4.0, LABELS)
-    torch.testing.assert_close((found / 4).softmax(1), (one / 4).softmax(1), rtol=1e-12, atol=0)
+    same(*(combine_teachers(pair, rule, 4.0, LABELS) for pair in ([one, other], [other, one])))
+    same(softened(combine_teachers([one, one], rule, 4.0, LABELS), 4.0), softened(one, 4.0))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -194,8 +182,7 @@ def test_targets_of_every_view_at_once(rule):
     one, other = (logits(seed, batch=12).reshape(6, 2, 5) for seed in (0, 1))
     found = combine_teachers([one, other], rule, 4.0, labels=SOME_LABELS[:, None].expand(6, 2))
     for view in range(2):
-        alone = combine_teachers([one[:, view], other[:, view]], rule, 4.0, SOME_LABELS)
-        torch.testing.assert_close(found[:, view], alone, rtol=1e-12, atol=1e-14)
+        same(found[:, view], combine_teachers([one[:, view], other[:, view]], rule, 4.0, SOME_LABELS))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -203,14 +190,13 @@ def test_class_mean_is_the_mean_of_softened_probabilities_over_images_and_views_
     teacher, labels = logits(0, batch=12).reshape(6, 2, 5), LABELS[:, None].expand(6, 2)
     target = class_mean([teacher], labels, temperature)
     assert target.shape == teacher.shape and target.dtype == teacher.dtype
-    probabilities = (teacher / temperature).softmax(-1)
-    for image, label in enumerate(LABELS.tolist()):
-        alike = [i for i in range(6) if LABELS[i] == label]
-        expected = sum(probabilities[i, view] for i in alike for view in range(2)) / (2 * len(alike))
-        for view in range(2):
-            found = (target[image, view] / temperature).softmax(0)
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for image, label in enumerate(LABELS):
+        mean = softened(teacher, temperature)[label == LABELS].mean(dim=(0, 1))
+        same(softened(target[image], temperature), mean.expand(2, 5))
     assert (target[0] - target[1]).abs().max() > 0.1
+
+
+# What is not valid
 
 
 @pytest.mark.parametrize("teachers, labels", [
@@ -250,6 +236,49 @@ def test_teachers_that_cannot_be_combined(teachers, rule, labels, message):
         combine_teachers(teachers, rule, 4.0, labels)
 
 
+# Other papers' losses
+
+
+def test_dkd_weighs_the_two_terms_that_the_divergence_is_made_of():
+    """KL = TCKD + (1 - p_teacher[label]) NCKD, image by image (Zhao et al. 2022, equation 7)."""
+
+    def label_or_other(one, label):
+        """Logits of two classes, the label and any other."""
+        p = softened(one, 3.0)[:, label]
+        return 3.0 * torch.cat([p, 1 - p], dim=1).log()
+
+    for student, teacher, label in zip(logits(0)[:, None], logits(1)[:, None], LABELS[:, None]):
+        tckd = kd_loss(label_or_other(student, label), label_or_other(teacher, label), 3.0)
+        nckd = (kd_loss(student, teacher, 3.0) - tckd) / (1 - softened(teacher, 3.0)[0, label])
+        same(dkd_loss(student, teacher, label, 3.0, 2.0, 5.0), (2.0 * tckd + 5.0 * nckd).squeeze())
+
+
+def test_dist_is_one_minus_pearsons_correlation():
+    s, t = (softened(x, 2.0).numpy() for x in (logits(0), logits(1)))
+    inter = 1 - np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(s, t)])
+    intra = 1 - np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(s.T, t.T)])
+    found = dist_loss(logits(0), logits(1), 2.0, dist_beta=2.0, dist_gamma=3.0)
+    assert found.item() == pytest.approx(2.0**2 * (2 * inter + 3 * intra), rel=1e-10)
+
+
+def test_standardised_logits_ignore_their_size():
+    student, teacher, loss = logits(0), logits(1), SOFT["standardised"]
+    torch.testing.assert_close(loss(5 * student, teacher / 3 + 2), loss(student, teacher))
+    spread = standardise(student)
+    torch.testing.assert_close(spread.std(dim=1), torch.ones(6).double(), rtol=1e-6, atol=0)
+    assert spread.mean(dim=1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_nothing_is_left_to_learn_at_the_teacher(name):
+    loss = SOFT[name]
+    assert loss(logits(1), logits(1)).item() == pytest.approx(0, abs=1e-12)
+    assert gradient(lambda s: loss(s, logits(1)), logits(1)).abs().max() < 1e-6
+    assert loss(logits(0), logits(1)).item() > 0.01
+
+
+# Any numbers
+
 numbers = st.lists(st.sampled_from([-1e4, -50.0, 0.0, 1.0, 1e4]), min_size=5, max_size=5)
 extreme = st.lists(numbers, min_size=6, max_size=6)
 
@@ -266,55 +295,6 @@ def test_extreme_logits_stay_finite(student, teacher, temperature, dtype):
 
     value = loss(student)
     assert value.isfinite() and value >= 0 and gradient(loss, student).isfinite().all()
-
-
-def test_the_divergence_is_decoupled():
-    """KL = TCKD + (1 - p_teacher[label]) NCKD, image by image (Zhao et al. 2022, equation 7)."""
-    student, teacher, temperature = logits(0), logits(1), 3.0
-    for i, label in enumerate(LABELS.tolist()):
-        row = (student[i : i + 1], teacher[i : i + 1], LABELS[i : i + 1], temperature)
-        other = 1 - (teacher[i] / temperature).softmax(0)[label].item()
-        expected = kd_loss(*row[:2], temperature)
-        torch.testing.assert_close(dkd_loss(*row, 1.0, other), expected, rtol=1e-10, atol=0)
-
-
-def test_dkd_by_hand():
-    student, teacher = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([[2.0, 1.0, 0.5]]).double()
-    s, t = student.softmax(1)[0].tolist(), teacher.softmax(1)[0].tolist()
-    target = t[1] * math.log(t[1] / s[1]) + (1 - t[1]) * math.log((1 - t[1]) / (1 - s[1]))
-    pairs = [(t[i] / (t[0] + t[2]), s[i] / (s[0] + s[2])) for i in (0, 2)]
-    others = sum(a * math.log(a / b) for a, b in pairs)
-    found = dkd_loss(student, teacher, torch.tensor([1]), 1.0, 2.0, 5.0)
-    assert found.item() == pytest.approx(2 * target + 5 * others, rel=1e-10)
-
-
-def test_dist_is_one_minus_pearsons_correlation():
-    student, teacher, temperature = logits(0), logits(1), 2.0
-    s, t = ((x / temperature).softmax(1).numpy() for x in (student, teacher))
-    inter = 1 - np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(s, t)])
-    intra = 1 - np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(s.T, t.T)])
-    found = dist_loss(student, teacher, temperature, dist_beta=2.0, dist_gamma=3.0)
-    assert found.item() == pytest.approx(temperature**2 * (2 * inter + 3 * intra), rel=1e-10)
-
-
-@pytest.mark.parametrize("loss", [
-    lambda s, t: kd_loss(s, t, 0.5), lambda s, t: kd_loss(s, t, 4.0),
-    lambda s, t: dkd_loss(s, t, LABELS, 4.0, 1.0, 8.0), lambda s, t: dist_loss(s, t),
-    lambda s, t: standardised_distillation_loss(s, t, LABELS, 2.0, 1.0),
-])  # fmt: skip
-def test_nothing_is_left_to_learn_at_the_teacher(loss):
-    assert loss(logits(1), logits(1)).item() == pytest.approx(0, abs=1e-12)
-    assert gradient(lambda s: loss(s, logits(1)), logits(1)).abs().max() < 1e-6
-    assert loss(logits(0), logits(1)).item() > 0.01
-
-
-def test_standardised_logits_ignore_their_size():
-    student, teacher = logits(0), logits(1)
-    plain = standardised_distillation_loss(student, teacher, LABELS, 2.0, 1.0)
-    torch.testing.assert_close(standardised_distillation_loss(5 * student, teacher / 3 + 2, LABELS, 2.0, 1.0), plain)
-    spread = standardise(student)
-    torch.testing.assert_close(spread.std(dim=1), torch.ones(6).double(), rtol=1e-6, atol=0)
-    assert spread.mean(dim=1).abs().max() < 1e-12
 
 
 @settings(max_examples=40, deadline=None)
@@ -336,8 +316,10 @@ def test_any_batch_temperature_and_weights(seed, batch, classes, temperature, al
     shift = 10 * torch.randn(batch, 1, generator=generator, dtype=torch.float64)
     rows, columns = torch.randperm(batch, generator=generator), torch.randperm(classes, generator=generator)
     new_label = torch.where(labels < 0, labels, columns.argsort()[labels])
-    for same in (
-        loss(student + shift), loss(student, target - shift), loss(student[rows], target[rows], labels[rows]),
+    for changed in (
+        loss(student + shift),
+        loss(student, target - shift),
+        loss(student[rows], target[rows], labels[rows]),
         loss(student[:, columns], target[:, columns], new_label),
-    ):  # fmt: skip
-        torch.testing.assert_close(same, value, rtol=1e-9, atol=1e-11)
+    ):
+        torch.testing.assert_close(changed, value, rtol=1e-9, atol=1e-11)
