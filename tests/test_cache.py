@@ -1,6 +1,5 @@
-"""kdutils.runs: cached results are made once and trusted only while they fit; what a run found is written in one order."""
+"""kdutils.cache: results are made once and trusted only while they fit; results.csv has one order."""
 
-import csv
 import errno
 import json
 import multiprocessing
@@ -8,14 +7,16 @@ import os
 import shlex
 import socket
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import message_of
+from things_to_do import wait_for
 
-from kdutils.cache import cache_path, cached, check_writable, lock, write_atomically, write_text
+from kdutils.cache import Checkpoint, cache_path, cached, check_writable, lock, resumable, write_atomically, write_text
 from kdutils.results.record import RESULT_COLUMNS, provenance, record, rerun_command, results_checksum
-from kdutils.settings import ROOT, UserError, load_settings
+from kdutils.settings import ROOT, load_settings
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float16).reshape(2, 3), "b": torch.tensor([True, False])}
 FACTS = {"history": {"val_accuracy": [0.25, 0.5]}, "name": "é"}
@@ -24,43 +25,31 @@ FACTS = {"history": {"val_accuracy": [0.25, 0.5]}, "name": "é"}
 class Maker:
     """Makes the cached result above and counts how often it was asked to."""
 
-    def __init__(self):
-        self.calls = 0
+    calls = 0
 
     def __call__(self):
         self.calls += 1
         return dict(TENSORS), FACTS
 
 
+@pytest.fixture
+def make():
+    return Maker()
+
+
 def same(found):
-    tensors, facts = found[:2]
-    return (
-        facts == FACTS
-        and tensors.keys() == TENSORS.keys()
-        and all(
-            tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
-            for name, tensor in TENSORS.items()
-        )
-    )
+    alike = [found.tensors[n].dtype == t.dtype and torch.equal(found.tensors[n], t) for n, t in TENSORS.items()]
+    return found.facts == FACTS and found.tensors.keys() == TENSORS.keys() and all(alike)
 
 
-def test_made_once_and_loaded_afterwards(tmp_path):
-    make = Maker()
-    first, second = (cached(tmp_path / "new", "x", {"seed": 0}, make) for _ in range(2))
-    assert make.calls == 1 and same(first) and same(second)
-    assert first.seconds == second.seconds and first.fingerprint == second.fingerprint
-
-
-def test_the_order_of_a_key_does_not_matter(tmp_path):
-    make = Maker()
-    cached(tmp_path, "x", {"seed": 0, "data": "d"}, make)
-    cached(tmp_path, "x", {"data": "d", "seed": 0}, make)
-    assert make.calls == 1
+def test_made_once_and_loaded_afterwards_whatever_the_order_of_the_key(tmp_path, make):
+    keys = {"seed": 0, "data": "d"}, {"data": "d", "seed": 0}
+    first, second = (cached(tmp_path / "new", "x", key, make) for key in keys)
+    assert make.calls == 1 and same(first) and same(second) and first[2:] == second[2:]
 
 
 @pytest.mark.parametrize("key", [{"seed": 1}, {"seed": 0, "more": None}, {}, {"seed": 0.5}, {"seed": "0"}])
-def test_another_key_is_another_file_and_the_first_is_kept(tmp_path, key):
-    make = Maker()
+def test_another_key_is_another_file_and_the_first_is_kept(tmp_path, make, key):
     cached(tmp_path, "x", {"seed": 0}, make)
     (first,) = tmp_path.iterdir()
     before = first.read_bytes()
@@ -68,21 +57,17 @@ def test_another_key_is_another_file_and_the_first_is_kept(tmp_path, key):
     assert make.calls == 2 and len(list(tmp_path.iterdir())) == 2 and first.read_bytes() == before
 
 
-def test_a_file_under_anothers_name_is_not_believed(tmp_path, capsys):
-    make = Maker()
-    cached(tmp_path, "x", {"seed": 0}, make)
-    (first,) = tmp_path.iterdir()
-    cached(tmp_path, "x", {"seed": 1}, make)
-    (second,) = set(tmp_path.iterdir()) - {first}
+def test_a_file_under_anothers_name_is_not_believed(tmp_path, make, capsys):
+    for seed in (0, 1):
+        cached(tmp_path, "x", {"seed": seed}, make)
+    first, second = (cache_path(tmp_path, "x", {"seed": seed}) for seed in (0, 1))
     second.write_bytes(first.read_bytes())
-    capsys.readouterr()
     cached(tmp_path, "x", {"seed": 1}, make)
-    assert make.calls == 3 and second.name in capsys.readouterr().out
+    assert make.calls == 3 and f"{second.name}: was made under other settings" in capsys.readouterr().out
 
 
-def test_any_flipped_byte_is_noticed_or_harmless(tmp_path, capsys):
+def test_any_flipped_byte_is_noticed_or_harmless(tmp_path, make, capsys):
     """Byte by byte through the whole file: what is loaded is what was made, or it is made again, with a line."""
-    make = Maker()
     cached(tmp_path, "x", {"seed": 0}, make)
     (path,) = tmp_path.iterdir()
     good = path.read_bytes()
@@ -104,16 +89,14 @@ def test_any_flipped_byte_is_noticed_or_harmless(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 100, -1])
-def test_a_truncated_file_is_made_again_with_a_line(tmp_path, capsys, size):
-    make = Maker()
+def test_a_truncated_file_is_made_again_with_a_line(tmp_path, make, capsys, size):
     cached(tmp_path, "x", {"seed": 0}, make)
     (path,) = tmp_path.iterdir()
-    good = path.read_bytes()
-    path.write_bytes(good[:size])
-    assert same(cached(tmp_path, "x", {"seed": 0}, make)) and make.calls == 2
+    path.write_bytes(path.read_bytes()[:size])
+    for _ in range(2):  # the second time it is mended
+        assert same(cached(tmp_path, "x", {"seed": 0}, make)) and make.calls == 2
     out = capsys.readouterr().out
     assert path.name in out and "made again" in out and out.count("\n") == 1
-    assert same(cached(tmp_path, "x", {"seed": 0}, make)) and make.calls == 2  # mended
 
 
 def test_a_failing_make_leaves_nothing(tmp_path):
@@ -140,9 +123,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, tiny):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError) as caught:
-        record(tiny(runs_dir=str(tmp_path / "file")), "01", [], {}, [], {})
-    message = str(caught.value)
+    message = message_of(record, tiny(runs_dir=str(tmp_path / "file")), "01", [], {}, [], {})
     assert message.startswith("runs_dir: ") and str(tmp_path / "file") in message and "choose another" in message
 
 
@@ -153,16 +134,13 @@ def rows(task, arm, seed=0):
 
 def test_results_have_the_exact_columns(tiny):
     path = record(tiny(), "01_small_cnn", rows(1, "scratch"), {"data": {"name": "d"}}, [("stage", 1.23456)], {})
-    with path.open(newline="") as file:
-        table = list(csv.reader(file))
-    assert (
-        tuple(table[0])
-        == RESULT_COLUMNS
-        == ("task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
-    )
-    assert table[1] == ["1", "scratch", "", "40", "2", "0", "test", "nll", "2.000000"]
-    assert len(table) == 3 and b"\r" not in path.read_bytes()
+    names = "task,arm,teachers,labels,epochs,seed,split,metric,value"
+    assert RESULT_COLUMNS == tuple(names.split(","))
+    values = "1,scratch,,40,2,0,test,nll,2.000000", "1,scratch,,40,2,0,test,accuracy,0.500000"
+    assert path.read_bytes().decode() == "\n".join([names, *values, ""])
     assert (path.parent / "timings.csv").read_text() == "stage,seconds\nstage,1.235\n"
+    found = json.loads((path.parent / "provenance.json").read_text())["results"]
+    assert found == results_checksum(path.read_text()) != results_checksum(path.read_text() + "\n")
 
 
 def test_results_are_the_same_bytes_whatever_ran_first(tiny, tmp_path):
@@ -227,29 +205,15 @@ def test_numbers_that_yaml_reads_as_text_are_no_parameters_of_the_command(tiny_p
     assert " -p " not in rerun_command(settings)
 
 
-def texts(value):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from texts(key)
-            yield from texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from texts(inner)
-    else:
-        yield str(value)
-
-
 @pytest.mark.parametrize("overrides", [
     {}, {"data": f"folder:{ROOT}/data/mine"}, {"profile": f"{ROOT}/notebooks/profiles/demo.yaml"},
 ], ids=["profile", "data", "profile-path"])  # fmt: skip
 def test_provenance_holds_no_absolute_path(tmp_path, overrides):
     """Also when folders inside the project were given by their whole path."""
-    overrides = {"profile": "demo", **overrides}
-    settings = load_settings(overrides.pop("profile"), runs_dir=str(tmp_path), **overrides)
+    settings = load_settings(**{"profile": "demo", "runs_dir": str(tmp_path), **overrides})
     found = provenance(settings)
-    assert json.loads(json.dumps(found)) == found
-    for text in texts(found):
-        assert str(ROOT) not in text and str(tmp_path) not in text
+    text = json.dumps(found)
+    assert json.loads(text) == found and str(ROOT) not in text and str(tmp_path) not in text
 
 
 def test_provenance_says_what_the_numbers_depend_on(tiny):
@@ -260,7 +224,37 @@ def test_provenance_says_what_the_numbers_depend_on(tiny):
     assert {"python", "commit", "command"} <= set(found)
 
 
-# Two at once, and disks
+# Checkpoints, two at once, and disks
+
+
+def test_a_checkpoint_is_handed_to_the_maker_and_removed_afterwards(tmp_path):
+    def interrupted(checkpoint):
+        assert checkpoint.load() is None
+        checkpoint.save({"epoch": 3, "sum": torch.ones(2)})
+        raise KeyboardInterrupt
+
+    def resumed(checkpoint):
+        state = checkpoint.load()
+        return {"sum": state["sum"]}, {"epoch": state["epoch"]}
+
+    with pytest.raises(KeyboardInterrupt):
+        resumable(tmp_path, "x", {}, interrupted)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".checkpoint"]
+    found = resumable(tmp_path, "x", {}, resumed)
+    assert found.facts == {"epoch": 3} and torch.equal(found.tensors["sum"], torch.ones(2))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_a_checkpoint_of_another_version_is_not_used(tmp_path, monkeypatch, capsys):
+    Checkpoint(tmp_path / "x").save({"epoch": 3})
+    monkeypatch.setattr("kdutils.cache.CHECKPOINT_FORMAT", 0)
+    assert Checkpoint(tmp_path / "x").load() is None
+    assert "x: was written by another version; this training starts anew" in capsys.readouterr().out
+
+
+def test_without_a_path_there_is_no_checkpoint(monkeypatch):
+    monkeypatch.setattr("kdutils.cache.CHECKPOINT_AT_END", 0.0)
+    assert Checkpoint(None).load() is None and not Checkpoint(None).is_due(end_of_epoch=True)
 
 
 def hold(path, pipe):
@@ -304,22 +298,17 @@ def test_who_comes_second_is_told_who_is_at_work_and_waits(tmp_path, holder, cap
     assert order == ["first", "second"] and list(tmp_path.iterdir()) == []
 
 
-def test_who_waited_loads_what_the_other_made(tmp_path, monkeypatch):
+def test_who_waited_loads_what_the_other_made(tmp_path, make, monkeypatch):
     """Threads, each with a lock of its own: the maker, slow until the others wait, is asked once."""
-    make, found, told = Maker(), [], []
+    told = []
     monkeypatch.setattr("kdutils.cache.tell", told.append)
 
     def slow():
-        deadline = time.monotonic() + 60
-        while len(told) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: len(told) == 3)
         return make()
 
-    threads = [threading.Thread(target=lambda: found.append(cached(tmp_path, "x", {}, slow))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: cached(tmp_path, "x", {}, slow), range(4)))
     assert make.calls == 1 and len(found) == 4 and all(map(same, found)) and len(list(tmp_path.iterdir())) == 1
     assert len(told) == 3 and all("waiting for " in line for line in told)
 
@@ -376,9 +365,3 @@ def test_a_damaged_record_is_left_out_with_a_line(tiny, capsys, damage):
     assert "leaves out 01_small_cnn" in said and "damaged; run that notebook again" in said
     record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [], {})
     assert results.read_text().count("scratch") == 2
-
-
-def test_the_provenance_knows_the_results_beside_it(tiny):
-    path = record(tiny(), "01_small_cnn", rows(1, "scratch"), {}, [], {})
-    found = json.loads((path.parent / "provenance.json").read_text())["results"]
-    assert found == results_checksum(path.read_text()) != results_checksum(path.read_text() + "\n")
