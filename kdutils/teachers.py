@@ -36,7 +36,7 @@ from kdutils.losses import cross_entropy
 from kdutils.models import Source, backbone_source, cut, fold_batch_norms, load_backbone, normalise, with_state
 from kdutils.pretraining import Pretraining, pretrain
 from kdutils.progress import TrainingProgress, progress_lines
-from kdutils.settings import ARCHITECTURES, Settings, UserError, logits_file, shown_path
+from kdutils.settings import ARCHITECTURES, Settings, UserError, logits_file, project_path, shown_path, weights_file
 from kdutils.training import Recipe, autocast, fit, memory_format, predict
 
 BLOCK = 1000  # features and logits are kept for so many images at a time
@@ -169,6 +169,13 @@ def ensemble(teachers: Sequence[Teacher], combine: Callable[[list[Tensor]], Tens
         )
         for runs in zip(*(teacher.runs for teacher in teachers))
     ]
+
+
+def check_weights_folder(settings: Settings) -> None:
+    """Raise `UserError` where a `weights` folder lacks a network's file; a look at names, before anything is read."""
+    if settings.weights not in ("imagenet", "generated", "none"):
+        for arch in ARCHITECTURES:
+            logits_file(settings.weights, arch) or weights_file(project_path(settings.weights), arch)
 
 
 def check_weights(arch: str, dataset: Dataset, settings: Settings) -> None:

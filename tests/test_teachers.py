@@ -351,7 +351,7 @@ def test_where_memory_runs_out_the_setting_to_lower_is_named(
     with monkeypatch.context() as patched:
         patched.setattr(teachers, name, out_of_memory)
         message = message_of(fine_tune, "resnet18", toy_data, teacher_settings(**FAST))
-    assert what in message and f"memory ran out; lower {setting}; what was finished is kept" in message
+    assert what in message and f"memory ran out; lower {setting}; finished results are kept" in message
     assert len(fine_tune("resnet18", toy_data, teacher_settings(**FAST)).runs) == 1
 
 

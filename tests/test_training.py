@@ -316,7 +316,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(path, always_
 
     monkeypatch.setattr(os, "fsync", full)
     message = message_of(train, network(), checkpoint=path)
-    assert str(path) in message and "No space left on device" in message and "goes on from there" in message
+    assert str(path) in message and "No space left on device" in message and "repeat the command" in message
     assert [file.name for file in path.parent.iterdir()] == ["x.checkpoint"]
     monkeypatch.setattr(os, "fsync", fsync)
     assert_resumes(path, 1)

@@ -36,7 +36,7 @@ from kdutils.settings import (
     logits_file,
     shown_path,
 )
-from kdutils.teachers import check_space, check_weights, save_logits
+from kdutils.teachers import check_space, check_weights, check_weights_folder, save_logits
 
 EXECUTED_WITH = "executed-with.txt"  # beside the executed notebooks: the digest of their settings
 NOTEBOOKS = ("01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers")
@@ -60,6 +60,7 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     """
     settings = load_settings(profile, **parameters)
     apply_threads(settings)
+    check_weights_folder(settings)
     dataset = load_data(settings)
     for arch in ARCHITECTURES:
         check_weights(arch, dataset, settings)
