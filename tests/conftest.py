@@ -3,9 +3,11 @@
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from kdutils.compat import ensure_torchvision
 from kdutils.data.images import Dataset, Split
+from kdutils.models import seeded
 from kdutils.settings import UserError, load_settings
 from kdutils.teachers import Teacher, TeacherRun
 
@@ -96,3 +98,16 @@ def fake_teacher(data, arch="resnet50", seeds=(0,)):
 
     runs = [TeacherRun(arch, "last_layer", seed, {}, {}, 0.0, f"{arch} {seed}") for seed in seeds]
     return Teacher(arch, "last_layer", runs, logits, "a fake", True, "x", 1, 1, 1, 0.0)
+
+
+def random_resnet(arch="resnet18"):
+    """With norms that are not the identity, as fresh ones are: those would hide mistakes in folding them."""
+    model = seeded(1, getattr(ensure_torchvision().models, arch))
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            nn.init.uniform_(module.weight, 0.5, 1.0, generator=generator)
+            nn.init.normal_(module.bias, 0.0, 0.2, generator=generator)
+    return model.eval()

@@ -103,14 +103,15 @@ def test_a_changed_loss_is_trained_anew(tiny, toy_data, tmp_path):
     assert len(students_files(settings)) == 3 and not same_run(second, bound)
 
 
-def test_other_data_and_other_teachers_train_anew(tiny, toy_data):
+def test_other_data_other_teachers_and_another_combine_train_anew(tiny, toy_data):
     settings, teacher = tiny(seeds=[0]), fake_teacher(toy_data)
     train_students(distilled(teacher), toy_data, settings)
     other = toy_data._replace(checksum="other", part_checksums={**toy_data.part_checksums, "train": "other"})
     train_students(distilled(teacher), other, settings)
     run = dataclasses.replace(teacher.runs[0], fingerprint="fine-tuned otherwise")
     train_students(distilled(dataclasses.replace(teacher, runs=[run])), toy_data, settings)
-    assert len(students_files(settings)) == 3
+    train_students(distilled(teacher, combine=partial(class_mean, temperature=4.0)), toy_data, settings)
+    assert len(students_files(settings)) == 4
 
 
 def test_students_take_turns_with_a_teachers_runs(toy_data):

@@ -1,83 +1,96 @@
 """kdutils.teachers: nothing stale, and logits that the uncut network confirms."""
 
-import itertools
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import message_of
+from conftest import message_of, random_resnet
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torchvision import models as zoo
 
 from kdutils import teachers
 from kdutils.data.images import Split, load_data
 from kdutils.data.views import make_views, view_pixels
-from kdutils.models import MEAN, STD, seeded
+from kdutils.models import MEAN, STD
 from kdutils.teachers import fine_tune, save_logits, soft_labels, try_fine_tuning
 
+near = partial(torch.testing.assert_close, rtol=5e-3, atol=5e-3)  # for half precision in other batches
 
-def random_resnet18(seed=0):
-    """With norms that are not the identity, so that folding them is part of what is tested."""
-    model = seeded(seed, zoo.resnet18)
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-    return model
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder of random weights; resnet50's are there in name only, nothing here opens them."""
+    folder, header = tmp_path_factory.mktemp("weights"), {"description": "random", "standin": "true"}
+    save_file(random_resnet().state_dict(), folder / "resnet18.safetensors", metadata=header)
+    (folder / "resnet50.safetensors").touch()
+    return str(folder)
 
 
 @pytest.fixture
-def teacher_settings(tiny, tmp_path):
-    """Tiny settings with a folder of random weights; resnet50's is there in name only, nothing here opens it."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    state = random_resnet18().state_dict()
-    save_file(state, folder / "resnet18.safetensors", metadata={"description": "random", "standin": "true"})
-    (folder / "resnet50.safetensors").touch()
-    common = {"weights": str(folder), "max_shift": 0, "teacher_size": 40, "teacher_seeds": [0, 1]}
+def teacher_settings(tiny, weights):
+    """Tiny settings with these weights. One seed trains the last layer alone, on images of 32 pixels: that is fast."""
+    common = {"weights": weights, "max_shift": 0, "resnet18_trainable": "last_layer"}
     return lambda **overrides: tiny(**{**common, **overrides})
 
 
-def tuned(settings, data, arch="resnet18"):
+LAST_BLOCK = {"resnet18_trainable": "last_block"}
+
+
+def tuned(settings, data):
     """A fine-tuned teacher, and its soft labels [S, N, V, C] of the training images."""
-    teacher = fine_tune(arch, data, settings)
+    teacher = fine_tune("resnet18", data, settings)
     return teacher, soft_labels(teacher, data.train.images, 2)
 
 
 def files_of(settings, pattern="**/*"):
-    return {
-        path: path.stat().st_mtime_ns for path in (settings.run_folder / "teachers").glob(pattern) if path.is_file()
-    }
+    """The teachers' files and their times."""
+    files = [path for path in (settings.run_folder / "teachers").glob(pattern) if path.is_file()]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def features_of(settings):
+    return files_of(settings, "resnet18-*-features/*")
+
+
+def never(*_, **__):
+    raise AssertionError("was not to be called")
+
+
+def same_teacher(one, other):
+    """All but what was measured by the clock."""
+    (one, soft), (other, others) = one, other
+    assert one.facts == other.facts and torch.equal(soft, others) and soft.dtype == others.dtype
+    for a, b in zip(one.runs, other.runs, strict=True):
+        for name in ("arch", "trainable", "seed", "history", "fingerprint"):
+            assert getattr(a, name) == getattr(b, name)
+        assert all(torch.equal(a.logits[part], b.logits[part]) for part in ("train", "val", "test"))
 
 
 def whole_network(settings, seed):
-    """The uncut network, put together from the pre-trained weights and the stored suffix."""
-    model = random_resnet18()
+    """The uncut network, put together from the pretrained weights and the kept trained part."""
+    model = random_resnet()
+    model.fc = nn.Linear(512, 10)
     (path,) = (settings.run_folder / "teachers").glob(f"resnet18-last_block-seed{seed}-*.safetensors")
     with safe_open(path, framework="pt") as file:
-        suffix = {name: file.get_tensor(name) for name in file.keys()}
-    assert all(name.startswith(("layer4.", "fc.")) for name in suffix)
-    model.fc = nn.Linear(512, 10)
-    model.load_state_dict({**{k: v for k, v in model.state_dict().items() if k not in suffix}, **suffix})
+        trained = {name: file.get_tensor(name) for name in file.keys()}
+    assert all(name.startswith(("layer4.", "fc.")) for name in trained)
+    model.load_state_dict({**model.state_dict(), **trained})
     return model.eval()
 
 
-def test_stored_logits_are_those_of_the_whole_network(teacher_settings, toy_data):
-    settings = teacher_settings()
-    teacher = fine_tune("resnet18", toy_data, settings)
+def test_kept_logits_of_every_seed_and_view_are_those_of_the_whole_network(teacher_settings, toy_data):
+    settings = teacher_settings(**LAST_BLOCK, teacher_size=40, teacher_seeds=[0, 1])
+    teacher, soft = tuned(settings, toy_data)
     assert (teacher.description, teacher.is_standin, teacher.trainable) == ("random", True, "last_block")
     assert teacher.parameters_trained == 8_393_728 + 5_130 and teacher.parameters_total == 11_181_642
     assert [run.seed for run in teacher.runs] == [0, 1]
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
-    viewed = make_views(toy_data.train.images, 0, 1)
-    soft = soft_labels(teacher, toy_data.train.images, 2)
     assert soft.shape == (2, 40, 2, 10) and soft.dtype == torch.float16
-    for run in teacher.runs:
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
+    viewed, index = make_views(toy_data.train.images, 0, 1), torch.arange(40)
+    for number, run in enumerate(teacher.runs):
         model = whole_network(settings, run.seed)
 
         @torch.no_grad()
@@ -85,56 +98,58 @@ def test_stored_logits_are_those_of_the_whole_network(teacher_settings, toy_data
             x = F.interpolate((pixels.float() / 255 - mean) / std, (40, 40), mode="bilinear", align_corners=False)
             return model(x)
 
-        index, number = torch.arange(40), run.seed
         for view in range(2):
-            expected = logits(view_pixels(viewed, index, torch.full((40,), view)))
-            torch.testing.assert_close(soft[number, :, view].float(), expected, rtol=5e-3, atol=5e-3)
+            near(soft[number, :, view].float(), logits(view_pixels(viewed, index, torch.full((40,), view))))
         assert torch.equal(run.logits["train"], soft[number, :, 0].float())
         for part in ("val", "test"):
-            torch.testing.assert_close(run.logits[part], logits(getattr(toy_data, part).images), rtol=5e-3, atol=5e-3)
+            near(run.logits[part], logits(getattr(toy_data, part).images))
     assert (soft[0].float() - soft[1].float()).abs().max() > 0.1
 
 
 def test_only_what_depends_on_a_setting_is_computed_again(teacher_settings, toy_data):
-    settings = teacher_settings(teacher_seeds=[0])
+    settings = teacher_settings()
     first, soft = tuned(settings, toy_data)
-    files, features = files_of(settings), files_of(settings, "resnet18-last_block-features/*")
     # features of 2 training views and validation; the trained part; logits of those and of the test images
-    assert len(features) == 3 and len(files) == 3 + 1 + 4
+    assert len(features_of(settings)) == 3 and len(files_of(settings)) == 3 + 1 + 4
 
-    for change in (
-        {"temperature": 2.0},
-        {"alpha": 0.5, "epochs": 5, "seeds": [4], "resnet50_epochs": 3, "test_size": 11},
+    fingerprints = {first.runs[0].fingerprint}
+    for change, new in (
+        ({"temperature": 2.0}, 0),
+        ({"alpha": 0.5, "epochs": 5, "seeds": [4], "resnet50_epochs": 3, "test_size": 11}, 0),
+        ({"resnet50_standardize": True, "resnet50_last_layer_factor": 0.1}, 0),
+        ({"resnet18_learning_rate": 0.01}, 1 + 4),
+        ({"resnet18_standardize": True}, 1 + 4),
+        ({"resnet18_last_layer_factor": 0.1}, 1 + 4),
+        ({"teacher_size": 40}, 3 + 1 + 4),
+        ({"teacher_size": 40, "teacher_resize": "nearest"}, 3 + 1 + 4),
     ):
-        again, same = tuned(teacher_settings(teacher_seeds=[0], **change), toy_data)
-        assert files_of(settings) == files, change
-        assert again.runs[0].fingerprint == first.runs[0].fingerprint and torch.equal(same, soft)
-
-    settings = teacher_settings(teacher_seeds=[0], resnet18_learning_rate=0.01)
-    other, others = tuned(settings, toy_data)
-    assert other.runs[0].fingerprint != first.runs[0].fingerprint and not torch.equal(others, soft)
-    assert files.items() < files_of(settings).items() and len(files_of(settings)) == len(files) + 5
-    assert files_of(settings, "resnet18-last_block-features/*") == features
+        before = files_of(settings)
+        other, others = tuned(teacher_settings(**change), toy_data)
+        after = files_of(settings)
+        assert before.items() <= after.items() and len(after) == len(before) + new, change
+        assert (other.runs[0].fingerprint not in fingerprints) == bool(new), change
+        assert torch.equal(others, soft) == (not new), change
+        fingerprints.add(other.runs[0].fingerprint)
 
 
 def test_too_little_memory_lowers_the_number_of_views_and_says_so(teacher_settings, toy_data, capsys):
-    teacher, soft = tuned(teacher_settings(teacher_seeds=[0], feature_memory_gb=1e-9), toy_data)
+    teacher, soft = tuned(teacher_settings(feature_memory_gb=1e-9), toy_data)
     assert teacher.views_trained == 1 and "feature_memory_gb" in capsys.readouterr().out
     assert soft.shape == (1, 40, 2, 10)  # students see them all the same
-    assert fine_tune("resnet18", toy_data, teacher_settings(teacher_seeds=[0])).views_trained == 2
+    assert fine_tune("resnet18", toy_data, teacher_settings()).views_trained == 2
 
 
-def test_without_pre_training_the_whole_network_is_trained(tiny, toy_data):
+def test_without_pretrained_weights_the_whole_network_is_trained(tiny, toy_data):
     teacher, soft = tuned(tiny(max_shift=0), toy_data)
     assert teacher.trainable == "all" and teacher.parameters_trained == teacher.parameters_total
     assert soft.shape == (1, 40, 2, 10) and "not pretrained" in teacher.description
 
 
-def test_fine_tuning_leaves_the_pretrained_weights_alone(teacher_settings, toy_data):
+def test_a_seed_leaves_the_pretrained_weights_alone(teacher_settings, toy_data, tmp_path):
     """Both seeds start from the same block: training it in place would hand its weights on to the next."""
-    both = tuned(teacher_settings(teacher_seeds=[0, 1]), toy_data)[1]
-    elsewhere = str(teacher_settings().run_folder / "elsewhere")
-    alone = tuned(teacher_settings(teacher_seeds=[1], runs_dir=elsewhere), toy_data)[1]
+    both = tuned(teacher_settings(**LAST_BLOCK, teacher_seeds=[0, 1]), toy_data)[1]
+    elsewhere = {"teacher_seeds": [1], "runs_dir": str(tmp_path / "elsewhere")}
+    alone = tuned(teacher_settings(**LAST_BLOCK, **elsewhere), toy_data)[1]
     assert torch.equal(both[1], alone[0])
 
 
@@ -148,26 +163,8 @@ def test_a_teacher_for_generated_data(tiny, monkeypatch):
     same_teacher(tuned(settings, load_data(settings)), first)
 
 
-FAST = {"resnet18_trainable": "last_layer", "teacher_size": 32, "teacher_seeds": [0]}
-
-
-def never(*_, **__):
-    raise AssertionError("was not to be called")
-
-
-def same_teacher(one, other):
-    """All but what was measured by the clock."""
-    (one, soft), (other, others) = one, other
-    assert one.facts == other.facts and len(one.runs) == len(other.runs)
-    assert torch.equal(soft, others) and soft.dtype == others.dtype
-    for a, b in zip(one.runs, other.runs):
-        for name in ("arch", "trainable", "seed", "history", "fingerprint"):
-            assert getattr(a, name) == getattr(b, name)
-        assert all(torch.equal(a.logits[part], b.logits[part]) for part in ("train", "val", "test"))
-
-
 def test_a_teacher_is_loaded_again_without_its_weights(teacher_settings, toy_data, monkeypatch):
-    settings = teacher_settings(**{**FAST, "teacher_seeds": [0, 1]})
+    settings = teacher_settings(teacher_seeds=[0, 1])
     work = teachers.FineTuning("resnet18", toy_data, settings)
     assert not work.is_made()
     first = tuned(settings, toy_data)
@@ -177,94 +174,58 @@ def test_a_teacher_is_loaded_again_without_its_weights(teacher_settings, toy_dat
     teachers.check_weights("resnet18", toy_data, settings)
     same_teacher(tuned(settings, toy_data), first)
     with pytest.raises(AssertionError, match="was not to be called"):
-        teachers.check_weights("resnet18", toy_data, teacher_settings(**FAST, resnet18_epochs=2))
+        teachers.check_weights("resnet18", toy_data, teacher_settings(resnet18_epochs=2))
 
 
 def test_a_teacher_labels_any_images_in_any_view(teacher_settings, toy_data):
     """The same function serves every image: what it says of one does not depend on the set the image is in."""
-    teacher, soft = tuned(teacher_settings(**FAST), toy_data)
-    mirrored = toy_data.train.images[:10].flip(-1).contiguous()
-    torch.testing.assert_close(teacher.logits(mirrored)[0], soft[0, :10, 1], rtol=5e-3, atol=5e-3)
-    mixed = torch.cat([toy_data.test.images, toy_data.train.images[5:9]])
-    found = teacher.logits(mixed)[0].float()
-    expected = torch.cat([teacher.runs[0].logits["test"], teacher.runs[0].logits["train"][5:9]])
-    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+    teacher, soft = tuned(teacher_settings(), toy_data)
+    near(teacher.logits(toy_data.train.images[:10].flip(-1).contiguous())[0], soft[0, :10, 1])
+    run = teacher.runs[0]
+    found = teacher.logits(torch.cat([toy_data.test.images, toy_data.train.images[5:9]]))[0].float()
+    near(found, torch.cat([run.logits["test"], run.logits["train"][5:9]]))
 
 
-@pytest.mark.parametrize("block, files", [(7, 2 * 6 + 2), (40, 3)])
-def test_features_in_blocks_are_the_features(teacher_settings, toy_data, monkeypatch, block, files):
-    settings = teacher_settings(**FAST)
-    whole, all_at_once = tuned(settings, toy_data)
-    monkeypatch.setattr(teachers, "BLOCK", block)
-    settings = teacher_settings(**FAST, runs_dir=str(settings.run_folder / "elsewhere"))
+def test_features_in_blocks_are_the_features(teacher_settings, toy_data, tmp_path, monkeypatch):
+    whole, all_at_once = tuned(teacher_settings(), toy_data)
+    monkeypatch.setattr(teachers, "BLOCK", 7)
+    settings = teacher_settings(runs_dir=str(tmp_path / "elsewhere"))
     teacher, in_blocks = tuned(settings, toy_data)
-    assert len(files_of(settings, "resnet18-last_layer-features/*")) == files
-    torch.testing.assert_close(in_blocks.float(), all_at_once.float(), rtol=5e-3, atol=5e-3)
+    assert len(features_of(settings)) == 2 * 6 + 2
+    near(in_blocks.float(), all_at_once.float())
     for part in ("train", "val", "test"):
-        one, other = teacher.runs[0].logits[part], whole.runs[0].logits[part]
-        torch.testing.assert_close(one, other, rtol=5e-3, atol=5e-3)
+        near(teacher.runs[0].logits[part], whole.runs[0].logits[part])
 
 
 def test_another_split_finds_the_features_of_blocks_that_stayed_together(teacher_settings, toy_data, monkeypatch):
     """The first block of the training images changes places with the validation images, the others are rotated."""
     monkeypatch.setattr(teachers, "BLOCK", 10)
-    still = {**FAST, "resnet18_learning_rate": 1e-30}  # the trained part stays as the seed made it
-    settings = teacher_settings(**still)
+    settings = teacher_settings(resnet18_learning_rate=1e-30)  # the trained part stays as the seed made it
     first, soft = tuned(settings, toy_data)
-    before = files_of(settings, "resnet18-last_layer-features/*")
+    before = features_of(settings)
     assert len(before) == 2 * 4 + 1
 
     (images, labels), val = toy_data.train, toy_data.val
     order = torch.cat([torch.arange(20, 40), torch.arange(10, 20)])
-    changed = toy_data._replace(
-        train=Split(torch.cat([val.images, images[order]]), torch.cat([val.labels, labels[order]])),
-        val=Split(images[:10], labels[:10]),
-        checksum="other", part_checksums={"train": "d", "val": "e", "test": "c"},
-    )  # fmt: skip
+    train = Split(torch.cat([val.images, images[order]]), torch.cat([val.labels, labels[order]]))
+    parts = {"train": train, "val": Split(images[:10], labels[:10])}
+    changed = toy_data._replace(**parts, checksum="other", part_checksums={"train": "d", "val": "e", "test": "c"})
     other, others = tuned(settings, changed)
-    after = files_of(settings, "resnet18-last_layer-features/*")
+    after = features_of(settings)
     assert before.items() < after.items() and len(after) == len(before) + 1  # the validation images' mirror images
-    near = partial(torch.testing.assert_close, rtol=5e-3, atol=5e-3)
     near(others[0, 10:], soft[0, order])
     near(others[0, :10, 0].float(), first.runs[0].logits["val"])
     near(other.runs[0].logits["val"], soft[0, :10, 0].float())
     near(other.runs[0].logits["test"], first.runs[0].logits["test"])
 
 
-def test_another_way_to_resize_computes_the_features_again(teacher_settings, toy_data):
-    changes = {**FAST, "teacher_size": 40}
-    settings = {mode: teacher_settings(**changes, teacher_resize=mode) for mode in ("bilinear", "nearest")}
-    one, soft = tuned(settings["bilinear"], toy_data)
-    other, others = tuned(settings["nearest"], toy_data)
-    assert len(files_of(settings["nearest"], "resnet18-last_layer-features/*")) == 2 * 3
-    assert other.runs[0].fingerprint != one.runs[0].fingerprint and not torch.equal(others, soft)
-    again, same = tuned(settings["bilinear"], toy_data)
-    assert again.runs[0].fingerprint == one.runs[0].fingerprint and torch.equal(same, soft)
-
-
-def test_what_only_the_last_layer_is_about_leaves_the_features_as_they_are(teacher_settings, toy_data):
-    settings = teacher_settings(**FAST)
-    found = [tuned(settings, toy_data)]
-    features = files_of(settings, "resnet18-last_layer-features/*")
-    for change in ({"resnet18_standardize": True}, {"resnet18_last_layer_factor": 0.1}):
-        found.append(tuned(teacher_settings(**FAST, **change), toy_data))
-    fingerprints = [teacher.runs[0].fingerprint for teacher, _ in found]
-    assert len(set(fingerprints)) == 3
-    assert not any(torch.equal(one, other) for (_, one), (_, other) in itertools.combinations(found, 2))
-    assert files_of(settings, "resnet18-last_layer-features/*") == features
-    files = files_of(settings)
-    for change in ({"resnet50_standardize": True}, {"resnet50_last_layer_factor": 0.1}):
-        again = fine_tune("resnet18", toy_data, teacher_settings(**FAST, **change))
-        assert files_of(settings) == files and again.runs[0].fingerprint == fingerprints[0]
-
-
 def test_a_seed_can_be_tried_alone_without_the_test_images(teacher_settings, toy_data, monkeypatch):
-    settings = teacher_settings(**FAST)
+    settings = teacher_settings()
     found = try_fine_tuning("resnet18", toy_data, settings, 3)
     assert found.tensors == {} and found.facts["trained_views"] == 2
-    assert len(files_of(settings, "resnet18-last_layer-features/*")) == 3  # 2 views of the training images, validation
+    assert len(features_of(settings)) == 3  # 2 views of the training images, validation
     assert len(files_of(settings)) == 4 and not files_of(settings, "*-logits/*")
-    (run,) = fine_tune("resnet18", toy_data, teacher_settings(**{**FAST, "teacher_seeds": [3]})).runs
+    (run,) = fine_tune("resnet18", toy_data, teacher_settings(teacher_seeds=[3])).runs
     assert run.history == found.facts["history"]
     monkeypatch.setattr(teachers, "fit", never)
     assert try_fine_tuning("resnet18", toy_data, settings, 3).facts == found.facts
@@ -276,12 +237,12 @@ def kept(teacher_settings, toy_data, tmp_path, monkeypatch):
     folder = tmp_path / "logits"
     folder.mkdir()
     (folder / "resnet50.safetensors").touch()
-    found = tuned(teacher_settings(**FAST), toy_data)
-    path = save_logits("resnet18", toy_data, teacher_settings(**{**FAST, "teacher_seeds": [0, 1]}), folder)
+    found = tuned(teacher_settings(), toy_data)
+    path = save_logits("resnet18", toy_data, teacher_settings(teacher_seeds=[0, 1]), folder)
     assert path == folder / "resnet18-logits.safetensors"
     for name in ("load_backbone", "cut", "fit"):
         monkeypatch.setattr(teachers, name, never)
-    common = {**FAST, "weights": str(folder), "runs_dir": str(tmp_path / "elsewhere")}
+    common = {"weights": str(folder), "runs_dir": str(tmp_path / "elsewhere")}
     return found, path, lambda **overrides: teacher_settings(**{**common, **overrides})
 
 
@@ -298,13 +259,20 @@ def test_kept_logits_are_the_teacher(kept, toy_data, tmp_path):
 
 def test_kept_logits_do_for_nothing_they_were_not_made_for(kept, toy_data):
     _, path, settings = kept
-    for change, name in (
-        ({"max_shift": 1}, "views"), ({"resnet18_epochs": 2}, "recipe"), ({"resnet18_learning_rate": 0.1}, "recipe"),
-        ({"teacher_batch_size": 10}, "recipe"), ({"teacher_seeds": [1]}, "teacher_seeds"), ({"teacher_seeds": [0, 1]}, "teacher_seeds"),
-        ({"teacher_size": 64}, "teacher_size"), ({"teacher_resize": "nearest"}, "teacher_resize"),
-        ({"resnet18_trainable": "last_block"}, "trainable"), ({"teacher_label_smoothing": 0.1}, "teacher_label_smoothing"),
-        ({"resnet18_standardize": True}, "standardize"), ({"resnet18_last_layer_factor": 0.5}, "last_layer_factor"),
-    ):  # fmt: skip
+    for name, change in (
+        ("views", {"max_shift": 1}),
+        ("recipe", {"resnet18_epochs": 2}),
+        ("recipe", {"resnet18_learning_rate": 0.1}),
+        ("recipe", {"teacher_batch_size": 10}),
+        ("teacher_seeds", {"teacher_seeds": [1]}),
+        ("teacher_seeds", {"teacher_seeds": [0, 1]}),
+        ("teacher_size", {"teacher_size": 64}),
+        ("teacher_resize", {"teacher_resize": "nearest"}),
+        ("trainable", {"resnet18_trainable": "last_block"}),
+        ("teacher_label_smoothing", {"teacher_label_smoothing": 0.1}),
+        ("standardize", {"resnet18_standardize": True}),
+        ("last_layer_factor", {"resnet18_last_layer_factor": 0.5}),
+    ):
         message = message_of(fine_tune, "resnet18", toy_data, settings(**change))
         assert message.startswith("weights: ") and str(path) in message, message
         assert f"with {name} = " in message, (change, message)
@@ -314,28 +282,36 @@ def test_kept_logits_do_for_nothing_they_were_not_made_for(kept, toy_data):
         assert "with data (checksum) = 'toy'" in message and "'other'" in message
 
 
-@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-1],
-                                    lambda content: content[:-1] + bytes([content[-1] ^ 1])])  # fmt: skip
-def test_damaged_logits_are_named(kept, toy_data, damage):
+def test_damaged_logits_are_named(kept, toy_data):
     _, path, settings = kept
-    path.write_bytes(damage(path.read_bytes()))
-    assert str(path) in message_of(fine_tune, "resnet18", toy_data, settings())
+    good = path.read_bytes()
+    for damaged in (b"", good[:-1], good[:-1] + bytes([good[-1] ^ 1])):
+        path.write_bytes(damaged)
+        assert str(path) in message_of(fine_tune, "resnet18", toy_data, settings())
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e30])
 def test_weights_that_give_no_finite_features_are_named(teacher_settings, toy_data, tmp_path, value):
-    state = random_resnet18().state_dict()
+    state = random_resnet().state_dict()
     state["layer3.0.conv1.weight"][0] = value
     state["layer3.1.bn2.weight"] *= value
-    save_file(state, tmp_path / "weights" / "resnet18.safetensors")
-    message = message_of(fine_tune, "resnet18", toy_data, teacher_settings(**FAST))
+    for arch in ("resnet18", "resnet50"):
+        save_file(state, tmp_path / f"{arch}.safetensors")
+    message = message_of(fine_tune, "resnet18", toy_data, teacher_settings(weights=str(tmp_path)))
     assert message.startswith("weights: ") and "resnet18" in message and "not finite" in message
 
 
 def test_logits_too_large_to_be_kept_are_named(teacher_settings, toy_data, monkeypatch):
     monkeypatch.setattr(teachers, "predict", lambda suffix, x, *_, **__: torch.full((len(x), 10), 1e5))
-    message = message_of(fine_tune, "resnet18", toy_data, teacher_settings(**FAST))
+    message = message_of(fine_tune, "resnet18", toy_data, teacher_settings())
     assert "resnet18-last_layer, seed 0" in message and "lower resnet18_learning_rate" in message
+
+
+def raising(error):
+    def call(*_, **__):
+        raise error
+
+    return call
 
 
 @pytest.mark.parametrize("name, what, setting", [
@@ -345,29 +321,22 @@ def test_logits_too_large_to_be_kept_are_named(teacher_settings, toy_data, monke
 def test_where_memory_runs_out_the_setting_to_lower_is_named(
     teacher_settings, toy_data, monkeypatch, name, what, setting
 ):
-    def out_of_memory(*_, **__):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
     with monkeypatch.context() as patched:
-        patched.setattr(teachers, name, out_of_memory)
-        message = message_of(fine_tune, "resnet18", toy_data, teacher_settings(**FAST))
+        patched.setattr(teachers, name, raising(torch.cuda.OutOfMemoryError("CUDA out of memory")))
+        message = message_of(fine_tune, "resnet18", toy_data, teacher_settings())
     assert what in message and f"memory ran out; lower {setting}; finished results are kept" in message
-    assert len(fine_tune("resnet18", toy_data, teacher_settings(**FAST)).runs) == 1
+    assert len(fine_tune("resnet18", toy_data, teacher_settings()).runs) == 1
 
 
 def test_another_error_of_the_program_is_not_taken_for_memory(teacher_settings, toy_data, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(teachers, "fit", broken)
+    monkeypatch.setattr(teachers, "fit", raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
     with pytest.raises(RuntimeError, match="mat1"):
-        fine_tune("resnet18", toy_data, teacher_settings(**FAST))
+        fine_tune("resnet18", toy_data, teacher_settings())
 
 
-def test_labelling_resumes_at_the_view_where_it_was_interrupted(teacher_settings, toy_data, monkeypatch):
-    settings = teacher_settings(**FAST)
-    elsewhere = teacher_settings(**FAST, runs_dir=str(settings.run_folder / "elsewhere"))
-    whole = tuned(elsewhere, toy_data)
+def test_labelling_resumes_at_the_view_where_it_was_interrupted(teacher_settings, toy_data, tmp_path, monkeypatch):
+    settings = teacher_settings()
+    whole = tuned(teacher_settings(runs_dir=str(tmp_path / "elsewhere")), toy_data)
     real, calls = teachers.predict, []
 
     def interrupted(*arguments, **named):
@@ -385,10 +354,9 @@ def test_labelling_resumes_at_the_view_where_it_was_interrupted(teacher_settings
 
 
 def test_there_must_be_room_for_the_features_that_are_missing(teacher_settings, toy_data, monkeypatch):
-    settings = teacher_settings(**FAST, teacher_views=1)
-    monkeypatch.setattr(
-        teachers.shutil, "disk_usage", lambda _: SimpleNamespace(free=512 * 2 * 50 - 1)
-    )  # 40 training and 10 validation images need more
+    settings = teacher_settings(teacher_views=1)
+    needed = 512 * 2 * (40 + 10)  # of the training and validation images
+    monkeypatch.setattr(teachers.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     message = message_of(teachers.check_space, toy_data, settings, ["resnet18"])
     assert message.startswith("runs_dir: ") and str(settings.run_folder) in message and "free space" in message
     teachers.FineTuning("resnet18", toy_data, settings).features(toy_data.val.images)
