@@ -2,6 +2,12 @@
 
 `cached` loads or makes one; `resumable` hands its maker a `Checkpoint` besides. Below them: what a result depends on
 (`fingerprint`, `describe`), its file, locks between processes, checkpoints, and errors of disk, memory and network.
+
+After a kill, finished results are there, whole; the next holder of the lock removes half-written files; a training
+resumes from its checkpoint, a file beside its result (`training.fit` says what it holds and when it is saved).
+
+A key covers settings, data, weights and the code of losses and of the student. It does not cover `training.fit`,
+`draw`, `view_table`, `view_pixels` and `normalise`: raise `FORMAT` if what they compute changes.
 """
 
 import ast
@@ -269,7 +275,7 @@ def check_writable(folder: Path, setting: str) -> None:
 
 @contextlib.contextmanager
 def _writing_to(folder: Path, setting: str) -> Iterator[None]:
-    """Make the folder; what fails inside is the user's to mend."""
+    """Make the folder; what fails inside is told to the user."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

@@ -1,6 +1,8 @@
-"""Distillation losses: pure functions of logits, one per paper. Inputs keep their precision.
+"""Losses: pure functions of the student's and the teacher's logits, computed in the precision of the student's.
 
-Shapes: logits [B, C], labels int64 [B] (-1 means: no label). Every loss is a mean over the batch, in nats.
+Shapes: logits [B, C], labels int64 [B] (-1 means: no label). Every loss is a scalar; divergences are in nats.
+To add one: a function here, with its paper; an entry in `students.LOSSES` if sweeps or the study need it by name. The
+code of a loss (not its docstring) is part of the identity of the students trained with it: editing it trains them anew.
 """
 
 import math
@@ -55,7 +57,7 @@ def distillation_loss(
     """alpha T^2 KL(teacher || student) + (1 - alpha) CE(student, labels): Hinton et al. 2015, section 2.
 
     An image without a label (-1) contributes its soft term alone, with its full weight.
-    With alpha = 0 it is `cross_entropy`, with alpha = 1 `kd_loss`.
+    With alpha = 1 it is `kd_loss`; with alpha = 0, and a label for every image, `cross_entropy`.
 
     Raises `ValueError` unless alpha is from 0 to 1 and the temperature finite and above 0.
     """
@@ -82,8 +84,8 @@ def dkd_loss(
 ) -> Tensor:
     """T^2 (dkd_alpha TCKD + dkd_beta NCKD), averaged over the batch; every image needs its label.
 
-    Both are KL divergences of softened probabilities. TCKD (target class) has two classes, "the label" and "any other";
-    NCKD (non-target classes) has the other classes, given that it is not the label.
+    Both are KL divergences of softened probabilities. TCKD (target class) compares the distributions over two classes,
+    "the label" and "any other"; NCKD (non-target classes) those over the other classes alone.
     KL = TCKD + (1 - p_teacher[label]) NCKD.
     Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv:2203.08679).
 
@@ -95,6 +97,7 @@ def dkd_loss(
     def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities: [B, 2] of the label and of any other class; [B, C] of the other classes alone."""
         softened = logits / temperature
+        # not -inf: the divergence would be inf - inf
         others = softened.masked_fill(is_label, torch.finfo(logits.dtype).min / 2)
         on_label = softened.gather(1, labels[:, None])
         two = torch.cat([on_label, others.logsumexp(dim=1, keepdim=True)], dim=1)
@@ -112,7 +115,7 @@ def dist_loss(
     dist_beta: float = 1.0,
     dist_gamma: float = 1.0,
 ) -> Tensor:
-    """T^2 (dist_beta inter + dist_gamma intra), two distances between student and teacher.
+    """DIST (not short for distillation): T^2 (dist_beta inter + dist_gamma intra), two distances to the teacher.
 
     A distance is 1 - Pearson's correlation of their softened probabilities: over the classes of one image (inter), over
     the images of the batch for one class (intra); each is averaged.
@@ -138,7 +141,7 @@ def standardise(logits: Tensor) -> Tensor:
 
     Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv:2403.01427).
     """
-    # the root has no gradient at a variance of 0
+    # at a variance of 0 the gradient of the root is infinite
     return (logits - logits.mean(dim=1, keepdim=True)) / (logits.var(dim=1, keepdim=True) + 1e-12).sqrt()
 
 
@@ -146,7 +149,7 @@ def dkd_distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
     dkd_alpha: float, dkd_beta: float, label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """alpha `dkd_loss` + (1 - alpha) `cross_entropy`."""
+    """alpha `dkd_loss` + (1 - alpha) `cross_entropy`; every image needs its label."""
     soft = dkd_loss(student_logits, teacher_logits, labels, temperature, dkd_alpha, dkd_beta)
     return alpha * soft + (1 - alpha) * cross_entropy(student_logits, labels, label_smoothing)
 
@@ -155,7 +158,7 @@ def dist_distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
     dist_beta: float, dist_gamma: float, label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """alpha `dist_loss` + (1 - alpha) `cross_entropy`."""
+    """alpha `dist_loss` + (1 - alpha) `cross_entropy`. alpha also weighs the soft term of images without a label."""
     soft = dist_loss(student_logits, teacher_logits, temperature, dist_beta, dist_gamma)
     return alpha * soft + (1 - alpha) * cross_entropy(student_logits, labels, label_smoothing)
 
@@ -164,7 +167,7 @@ def standardised_distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """alpha `kd_loss` between `standardise`d logits + (1 - alpha) `cross_entropy` of the student's own."""
+    """alpha `kd_loss` of `standardise`d logits + (1 - alpha) `cross_entropy` of the student's own logits."""
     soft = kd_loss(standardise(student_logits), standardise(teacher_logits.to(student_logits.dtype)), temperature)
     return alpha * soft + (1 - alpha) * cross_entropy(student_logits, labels, label_smoothing)
 
@@ -213,8 +216,8 @@ def combine_teachers(
 def class_mean(teacher_logits: Sequence[Tensor], labels: Tensor, temperature: float) -> Tensor:
     """A control: soft labels averaged over each class, which say how alike classes are and nothing about one image.
 
-    teacher_logits: one tensor [N, V, C], images and their views; labels: int64 [N, V]. The result is logits [N, V, C],
-    whose softened probabilities are the mean over all images and views with the same label.
+    teacher_logits: a list with one tensor [N, V, C], images and their views; labels: int64 [N, V]. The softened
+    probabilities of the result, logits [N, V, C], are the mean over all images and views with the same label.
 
     Raises `ValueError` for several teachers, an image without a label, or an invalid temperature.
     """

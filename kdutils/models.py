@@ -28,7 +28,7 @@ STD = (0.229, 0.224, 0.225)
 
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] to float32 with ImageNet's mean and standard deviation; keeps the memory layout."""
-    # sent from the CPU without waiting: a GPU would stop in every step
+    # non_blocking: a blocking copy would make the GPU wait in every step
     mean, std = ((torch.tensor(x) * 255).to(pixels.device, non_blocking=True).view(1, 3, 1, 1) for x in (MEAN, STD))
     return (pixels.float() - mean) / std
 
@@ -169,7 +169,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:160] or "it ends too early"
+        reason = " ".join(str(error).split())[:160] or "the file is truncated"
         raise UserError(f"weights: {shown_path(path)} cannot be read ({reason}); use an undamaged file") from error
     except Exception as error:  # pickle.UnpicklingError: content that weights_only refuses
         raise UserError(f"weights: {shown_path(path)} holds more than tensors; save model.state_dict()") from error

@@ -35,7 +35,7 @@ def run_jobs(jobs: Jobs, workers: int = 1, scheduler: str | None = None, title: 
     Raises `UserError` for a cluster that cannot be used and, at the end, for jobs that failed twice.
     """
     if scheduler is None and workers < 1:
-        raise UserError(f"workers: {workers} is not valid; use a whole number, at least 1")
+        raise UserError(f"workers: {workers} is not valid; use a whole number, 1 or more")
     results: dict[str, Any] = {}
     left = dict(jobs)
     for next_step in ("it is tried again later", "this was the second time"):
@@ -122,7 +122,7 @@ def _in_processes(jobs: Jobs, workers: int) -> Outcomes:
 
 
 def _serve(pipe: Connection, threads: int) -> None:
-    """The life of a worker process. It ends with the process that started it, and prints no progress of its own."""
+    """The life of a worker process. It prints no progress. When its parent is gone, it ends after the current job."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # that one is told, and ends this one
     os.environ.pop("KDUTILS_PROGRESS", None)
     sys.stdout = open(os.devnull, "w", encoding="utf-8")

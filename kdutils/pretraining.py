@@ -128,7 +128,7 @@ def pretrain_on_folder(
     """Pre-train on `images/{train,val}/<class>/*` and write `out/<arch>.safetensors`; returns its path.
 
     The file holds a torchvision state dict in float16; its header says what it was trained on and how. The same call
-    goes on from where it was cut. Raises `UserError` for unfit images, weights, or a file that is in the way.
+    resumes an interrupted training. Raises `UserError` for unfit images, weights, or a file that is in the way.
     """
     path = out / f"{how.arch}.safetensors"
     before, about_init, classes_of_init = _read_init(init)

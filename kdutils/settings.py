@@ -19,6 +19,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "notebooks" / "profiles"
+# The teachers: torchvision ResNets, each with settings of its own. CONTRIBUTING.md says what another one needs.
 ARCHITECTURES = ("resnet50", "resnet18")
 MACHINE = ("profile", "data_dir", "runs_dir", "device", "threads")  # where and how to compute, not what
 

@@ -33,16 +33,18 @@ from kdutils.models import SmallCNN, normalise, seeded
 from kdutils.progress import TrainingProgress
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher, soft_labels
-from kdutils.training import Recipe, fit, memory_format, predict
+from kdutils.training import Recipe, channels_last, fit, predict
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """One way to train the student.
 
-    loss: `loss(student_logits, labels)` without teachers, `loss(student_logits, teacher_logits, labels)` with; bind its
-    parameters with `functools.partial`. combine: makes one target of a list of teachers' logits,
-    `combine(list_of_logits, labels=labels)`; two or more teachers need it.
+    - loss, without teachers: `loss(student_logits, labels)`
+    - loss, with teachers: `loss(student_logits, teacher_logits, labels)`
+    - combine, for two or more teachers: `combine(list_of_logits, labels=labels)` makes one target of their logits
+
+    Bind other parameters by name with `functools.partial`.
     """
 
     name: str
@@ -52,7 +54,10 @@ class Method:
 
     def __post_init__(self) -> None:
         if len(self.teachers) > 1 and self.combine is None:
-            raise UserError(f"method {self.name}: two or more teachers need `combine`; give one, such as mean_prob")
+            raise UserError(
+                f"method {self.name}: two or more teachers need `combine`; give a function, such as "
+                "partial(combine_teachers, rule='mean_prob', temperature=4.0)"
+            )
         if self.combine is not None and not self.teachers:
             raise UserError(f"method {self.name}: `combine` needs teachers; give some, or leave it out")
         wanted = ("student_logits", "teacher_logits", "labels") if self.teachers else ("student_logits", "labels")
@@ -76,7 +81,10 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class StudentRun:
-    """One trained student. logits: float32 [N, C] of `train`, `val` and `test`, the images as they are (view 0)."""
+    """One trained student. logits: float32 [N, C] of `train`, `val` and `test`, the images as they are (view 0).
+
+    `arm` is the name of the method, which results.csv calls so.
+    """
 
     arm: str
     teachers: tuple[str, ...]
@@ -103,7 +111,7 @@ def _distilling(loss: Callable[..., Tensor], **constants: float) -> Callable[[Se
     )
 
 
-LOSSES: dict[str, Callable[[Settings], Callable[..., Tensor]]] = {  # of the methods that are known by name
+LOSSES: dict[str, Callable[[Settings], Callable[..., Tensor]]] = {  # name of a method -> settings -> its loss
     "scratch": lambda settings: functools.partial(cross_entropy, label_smoothing=settings.label_smoothing),
     "kd": _distilling(distillation_loss),
     "dkd": _distilling(dkd_distillation_loss, dkd_alpha=1.0, dkd_beta=2.0),
@@ -113,7 +121,7 @@ LOSSES: dict[str, Callable[[Settings], Callable[..., Tensor]]] = {  # of the met
 
 
 def named_method(name: str, settings: Settings, teachers: Sequence[Teacher] = (), rule: str = "mean_prob") -> Method:
-    """The method of a name in `LOSSES`, as the notebooks have it; two teachers are combined by the rule."""
+    """The method called `name` in `LOSSES`, as in the notebooks; `rule` combines two teachers and joins the name."""
     loss = LOSSES[name](settings)
     if len(teachers) < 2:
         return Method(name, loss, tuple(teachers))
@@ -122,7 +130,7 @@ def named_method(name: str, settings: Settings, teachers: Sequence[Teacher] = ()
 
 
 def student_recipe(settings: Settings) -> Recipe:
-    """How the settings want every student trained."""
+    """The students' training recipe in the settings."""
     return Recipe(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
@@ -141,11 +149,11 @@ def train_students(
     One seed fixes the initial weights, the order of the images and their views, in every method alike. `train`: images
     to train on in place of the data set's, some of which may have no label (-1).
     """
-    return [_train_student(method, dataset, settings, seed, train) for seed in settings.seeds]
+    return [_student_run(method, dataset, settings, seed, train) for seed in settings.seeds]
 
 
 def fit_student(method: Method, dataset: Dataset, settings: Settings, seed: int, train: Split | None = None) -> Cached:
-    """One seed's student, or the one trained under the same conditions: its state, and its `history`.
+    """Train the student of one seed, or load it: its state dict, and `history` among the facts.
 
     The test images are not touched.
     """
@@ -178,7 +186,7 @@ def fit_arguments(
     method: Method, dataset: Dataset, settings: Settings, seed: int, train: Split | None = None
 ) -> dict[str, Any]:
     """What `fit` needs to train the student of a method and seed, but for the network and the checkpoint."""
-    images, labels = train or dataset.train
+    images, labels = dataset.train if train is None else train
     viewed = make_views(images, **settings.views)
     num_views = len(viewed.table)
     target = _target(method, images, labels, num_views, seed)
@@ -204,13 +212,13 @@ def _target(method: Method, images: Tensor, labels: Tensor, num_views: int, seed
     """The logits float32 [N, V, C] that the student of this seed learns from."""
     if not method.teachers:
         return None
-    logits = [soft_labels(teacher, images, num_views)[teacher.number_for(seed)].float() for teacher in method.teachers]
+    logits = [soft_labels(teacher, images, num_views)[teacher.run_number(seed)].float() for teacher in method.teachers]
     if method.combine is None:
         return logits[0]
     return method.combine(logits, labels=labels[:, None].expand(logits[0].shape[:2]))
 
 
-def _train_student(method: Method, dataset: Dataset, settings: Settings, seed: int, train: Split | None) -> StudentRun:
+def _student_run(method: Method, dataset: Dataset, settings: Settings, seed: int, train: Split | None) -> StudentRun:
     trained = fit_student(method, dataset, settings, seed, train)
 
     def make_logits() -> tuple[dict[str, Tensor], dict]:
@@ -242,4 +250,4 @@ def student_network(state: dict[str, Tensor]) -> SmallCNN:
     """The student with these weights, in eval mode."""
     model = SmallCNN(state["fc2.bias"].numel())
     model.load_state_dict(state)
-    return memory_format(model).eval()
+    return channels_last(model).eval()

@@ -37,10 +37,10 @@ from kdutils.models import Source, backbone_source, cut, fold_batch_norms, load_
 from kdutils.pretraining import Pretraining, pretrain
 from kdutils.progress import TrainingProgress, progress_lines
 from kdutils.settings import ARCHITECTURES, Settings, UserError, logits_file, project_path, shown_path, weights_file
-from kdutils.training import Recipe, autocast, fit, memory_format, predict
+from kdutils.training import Recipe, autocast, channels_last, fit, predict
 
-BLOCK = 1000  # features and logits are kept for so many images at a time
-BATCH = 250  # the networks see so many images at once
+BLOCK = 1000  # images per file of kept features or logits
+BATCH = 250  # images per forward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Teacher:
     feature_seconds: float
     pretraining: dict = dataclasses.field(default_factory=dict)
 
-    def number_for(self, student_seed: int) -> int:
+    def run_number(self, student_seed: int) -> int:
         """Which run teaches the student of this seed: `student_seed` modulo the number of runs."""
         return student_seed % len(self.runs)
 
     def run_for(self, student_seed: int) -> TeacherRun:
         """The run that teaches the student of this seed."""
-        return self.runs[self.number_for(student_seed)]
+        return self.runs[self.run_number(student_seed)]
 
     @property
     def facts(self) -> dict:
@@ -98,9 +98,11 @@ class Teacher:
 def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
     """Fine-tune the last layer of a CNN, or its last block and last layer, as the settings say; once per teacher seed.
 
-    Results that were made before and still fit are loaded. With weights = `none` there is nothing worth freezing, and
+    arch: a name in `settings.ARCHITECTURES`.
+
+    What was made under the same settings is loaded. With weights = `none` there is nothing worth freezing, and
     the whole network is trained. Where the `weights` folder holds a fine-tuned teacher's logits in place of weights,
-    they are the teacher.
+    these are used, and nothing is trained.
     """
     kept = logits_file(settings.weights, arch)
     if kept is not None:
@@ -136,7 +138,7 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
 
 
 def teacher_recipe(arch: str, settings: Settings) -> Recipe:
-    """How the settings want the trained part of this teacher fitted."""
+    """The training recipe of this teacher in the settings."""
     return Recipe(
         epochs=settings.of_teacher(arch, "epochs"),
         batch_size=settings.teacher_batch_size,
@@ -148,7 +150,7 @@ def teacher_recipe(arch: str, settings: Settings) -> Recipe:
 
 
 def soft_labels(teacher: Teacher, images: Tensor, num_views: int) -> Tensor:
-    """Logits float16 [S, N, V, C] of every run of the teacher, for images uint8 [N, 3, 32, 32] in their first views."""
+    """Logits float16 [S, N, V, C] of every run of the teacher, for images uint8 [N, 3, 32, 32] in all views."""
     views = progress_lines(range(num_views), f"{teacher.arch}: soft labels of every view")
     return torch.stack([teacher.logits(images, view) for view in views], dim=2)
 
@@ -204,7 +206,7 @@ def check_space(dataset: Dataset, settings: Settings, architectures: Sequence[st
 
 
 def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) -> Cached:
-    """Fine-tune with one seed for the history alone. Choices are made on it: the test images are not touched.
+    """Fine-tune with one seed and keep the history alone; sweeps choose by it. The test images are not touched.
 
     Keeps the facts `history`, `trained_views` and `weights` (their checksum), and no network.
     """
@@ -238,7 +240,7 @@ def save_logits(arch: str, dataset: Dataset, settings: Settings, folder: Path) -
 
 
 def _from_file(path: Path, arch: str, dataset: Dataset, settings: Settings) -> Teacher:
-    """A teacher out of its kept logits: right only for the very images, views and fine-tuning it was made with."""
+    """A teacher read from saved logits: valid for the very images, views and fine-tuning they were made with."""
     key, found = read_cached(path)
     asked = FineTuning(arch, dataset, settings).logits_key
     spelt = {name: f"teacher_{name}" for name in ("seeds", "size", "resize", "label_smoothing")}
@@ -330,20 +332,20 @@ class FineTuning:
     def frozen(self) -> nn.Module:
         """The frozen part as it runs: norms folded into convolutions, on the device."""
         frozen = copy.deepcopy(self.cut(0)[0])
-        return memory_format(fold_batch_norms(frozen).to(self.settings.device))
+        return channels_last(fold_batch_norms(frozen).to(self.settings.device))
 
     @cached_property
     def networks(self) -> dict[int, nn.Module]:
         """The fitted trained parts by teacher seed."""
         networks: dict[int, nn.Module] = {}
         for seed in self.settings.teacher_seeds:
-            networks[seed] = memory_format(self.cut(seed)[1].to(self.settings.device))
+            networks[seed] = channels_last(self.cut(seed)[1].to(self.settings.device))
             networks[seed].load_state_dict(self.trained(seed).tensors)
         return networks
 
     @cached_property
     def _shapes(self) -> tuple[nn.Module, nn.Module, Tensor]:
-        """Frozen part, trained part and one image's features without numbers: for shapes and counts."""
+        """Frozen part, trained part and features of one image on the meta device: shapes without values."""
         with torch.device("meta"):
             parts = self.cut(0, getattr(ensure_torchvision().models, self.arch)())
             return *parts, parts[0](torch.empty(1, 3, *self.dataset.val.images.shape[-2:]))
@@ -415,7 +417,10 @@ class FineTuning:
     # Features of the frozen part
 
     def features(self, images: Tensor, view: int = 0) -> Tensor:
-        """What the trained part is given: features float16 [N, ...] of images in one view; made once, kept."""
+        """What the trained part is given: features float16 [N, ...] of images in one view; made once, kept.
+
+        Where nothing is frozen: the normalised images, float32.
+        """
         if self.trainable == "all":
             return normalise(self._pixels(images, view))
         found = []
@@ -468,7 +473,7 @@ class FineTuning:
 
     def _in_blocks(self, images: Tensor) -> list[tuple[Tensor, str]]:
         """The images in blocks, each with its checksum."""
-        if id(images) not in self._blocks:  # the images are kept beside, so their id stays theirs
+        if id(images) not in self._blocks:  # the tuple keeps the images alive, so their id is not reused
             blocks = [(block, tensor_checksum({"images": block})[:16]) for block in images.split(BLOCK)]
             self._blocks[id(images)] = images, blocks
         return self._blocks[id(images)][1]
@@ -481,7 +486,8 @@ class FineTuning:
 
     def trained(self, seed: int) -> Cached:
         """The trained part of a seed, fitted."""
-        return resumable(self.folder, f"{self.name}-seed{seed}", self.key("suffix", seed=seed), partial(self.fit, seed))
+        key = self.key("suffix", seed=seed)  # in keys, the trained part is called so; another word would train anew
+        return resumable(self.folder, f"{self.name}-seed{seed}", key, partial(self.fit, seed))
 
     def fit(self, seed: int, checkpoint: Checkpoint | None = None) -> tuple[dict[str, Tensor], dict]:
         """Fit the trained part of a seed: its tensors and its history."""
@@ -570,7 +576,7 @@ class FineTuning:
                 x = normalise(self._pixels(block, view))
             elif cache_path(*(place := self._feature_place(checksum, view))).exists():
                 x = cached(*place, partial(self._make_features, block, view)).tensors["features"]
-            else:  # nothing will be fitted on them: too large to keep
+            else:  # not needed for fitting, and too large to keep
                 x = self._make_features(block, view)[0]["features"]
             for seed, network in networks.items():
                 found.append(predict(network, x.to(self.settings.device), self.settings.precision, BATCH).half())

@@ -38,11 +38,11 @@ class TrainingError(UserError):
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
-    """Mixed precision: `bfloat16` where the precision says so, else nothing."""
+    """A context of bfloat16 autocast if `precision` is `bfloat16`, else one without effect."""
     return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def memory_format(model: Network) -> Network:
+def channels_last(model: Network) -> Network:
     """Lay out convolution weights channels-last, the faster layout on CPUs and GPUs."""
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -72,18 +72,19 @@ def fit(
     progress: TrainingProgress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> History:
-    """Train `model` in place; the last epoch counts. Returns loss and accuracy of every epoch.
+    """Train `model` in place; it keeps the weights of the last epoch. Returns loss and accuracy of every epoch.
 
-    A batch is a list of (index [B], view [B]) pairs: `inputs(index, view)` is the network's input,
-    `loss(logits [B, C], index, view)` a scalar. `labels` int64 [N] (-1: none) serve the training accuracy, which is
-    measured while training, on the views drawn. `validation`: inputs and labels. An epoch leaves out its last,
-    incomplete batch. `last_layer_factor` multiplies the learning rate of the layer called `fc`. With a checkpoint, an
-    interrupted training resumes at the step that was saved last.
+    A batch is a pair (index [B], view [B]), the numbers of the images and of their views: `inputs(index, view)` is the
+    network's input, `loss(logits [B, C], index, view)` a scalar. `labels` int64 [N] (-1: none) serve the training
+    accuracy, which is measured while training, on the views drawn. `validation`: inputs and labels. An epoch leaves out
+    its last, incomplete batch. `last_layer_factor` multiplies the learning rate of the layer called `fc`. With a
+    checkpoint, an interrupted training resumes at the step that was saved last.
 
-    Raises `TrainingError` when the loss or the validation logits are not finite.
+    Raises `TrainingError` when the loss or the validation logits are not finite; checked at the end of each epoch, the
+    loss also before a checkpoint is saved.
     """
     device = labels.device
-    memory_format(model.to(device))
+    channels_last(model.to(device))
     optimizer = make_optimizer(model, recipe, device, last_layer_factor)
     batch_size = min(recipe.batch_size, len(labels))
     steps = len(labels) // batch_size

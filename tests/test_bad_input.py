@@ -291,7 +291,7 @@ WEIGHTS = {
     "a header of a terabyte": ("resnet18.safetensors", struct.pack("<Q", 2**40) + b"{}", DAMAGED),
     "a header of nonsense": ("resnet18.safetensors", struct.pack("<Q", 9) + b"{" * 9, DAMAGED),
     "a header that points outside": ("resnet18.safetensors", struct.pack("<Q", len(HEADER)) + HEADER, DAMAGED),
-    "no weights in a file": ("resnet18.pth", b"", "cannot be read (it ends too early); use an undamaged file"),
+    "no weights in a file": ("resnet18.pth", b"", "cannot be read (the file is truncated); use an undamaged file"),
     "code in place of weights": ("resnet18.pth", pickle.dumps(Evil(), 2), MORE),
     "code among the weights": ("resnet18.pth", {"conv1.weight": Evil()}, MORE),
     "a whole checkpoint": ("resnet18.pth", {"epoch": 3}, NO_STATE),

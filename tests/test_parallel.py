@@ -78,7 +78,7 @@ def test_what_fails_twice_is_named_and_the_others_are_done(tmp_path):
 
 
 def test_no_process_at_all_is_refused():
-    assert message_of(run_jobs, {}, 0) == "workers: 0 is not valid; use a whole number, at least 1"
+    assert message_of(run_jobs, {}, 0) == "workers: 0 is not valid; use a whole number, 1 or more"
 
 
 @pytest.mark.parametrize("address", [NOBODY, "nonsense://here"])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class ViewedImages(NamedTuple):
-    """Images ready to be looked at: reflect-padded pixels [N, H+2m, W+2m, 3] uint8, the views' table [V, 3], m."""
+    """Padded images, and the windows on them: pixels uint8 [N, H+2m, W+2m, 3], `view_table` [V, 3], the margin m."""
 
     padded: Tensor
     table: Tensor
@@ -16,9 +16,10 @@ class ViewedImages(NamedTuple):
 
 
 def view_table(max_shift: int, shift_step: int) -> Tensor:
-    """All views as int64 [V, 3]: (shift down, shift right, flipped 0/1), mildest first; V = 2 (2m/s + 1)^2.
+    """All views as int64 [V, 3]: (window moved down, moved right, then mirrored 0/1), smallest shifts first.
 
-    Row 0 is the image itself, row 1 its mirror image.
+    V = 2 (2 max_shift / shift_step + 1)^2. Row 0 is the image itself, row 1 its mirror image. `shift_step` must divide
+    `max_shift`. The order is part of every cached result: it stays.
     """
     shifts = range(-max_shift, max_shift + 1, shift_step)
     rows = [(down, right, flip) for down in shifts for right in shifts for flip in (0, 1)]
@@ -27,7 +28,7 @@ def view_table(max_shift: int, shift_step: int) -> Tensor:
 
 
 def make_views(images: Tensor, max_shift: int, shift_step: int) -> ViewedImages:
-    """Prepare images uint8 [N, 3, H, W] for `view_pixels`; stays on their device."""
+    """Pad images uint8 [N, 3, H, W] for `view_pixels`, which cuts the views; on the device they are on."""
     # reflection is not implemented for uint8; float16 holds 0..255 exactly
     padded = F.pad(images.half(), (max_shift,) * 4, mode="reflect") if max_shift else images
     pixels_last = padded.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

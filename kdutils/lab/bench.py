@@ -33,7 +33,7 @@ from kdutils.progress import progress_lines
 from kdutils.settings import ARCHITECTURES, Settings, apply_threads, project_path, shown_path
 from kdutils.students import Method, fit_arguments, named_method, train_students
 from kdutils.teachers import FineTuning
-from kdutils.training import autocast, draw, fit, make_optimizer, memory_format, predict
+from kdutils.training import autocast, channels_last, draw, fit, make_optimizer, predict
 
 ensure_torchvision()  # or the tutorial could not import it beside a CPU-only torch
 from kdutils.lab import tutorial  # noqa: E402
@@ -122,7 +122,7 @@ class _RandomTeacher(NamedTuple):
     def logits(self, images: Tensor, view: int = 0) -> Tensor:
         return self.soft_labels[None, :, view]
 
-    def number_for(self, student_seed: int) -> int:
+    def run_number(self, student_seed: int) -> int:
         return 0
 
 
@@ -164,7 +164,7 @@ def _training_sides(
     """Our epoch; the tutorial's, of the network `plain`; and steps of the network `bare` on the first batch that `fit`
     would take with these arguments, in our precision and layout."""
     settings, device, recipe = bench.settings, bench.train.labels.device, arguments["recipe"]
-    plain, bare = plain.to(device), memory_format(bare.to(device)).train()
+    plain, bare = plain.to(device), channels_last(bare.to(device)).train()
     how = dataclasses.asdict(recipe)
     batch_size = how.pop("batch_size")
     index, view = _first_batch(arguments)
@@ -239,7 +239,7 @@ def _forward_sides(bench: _Bench, arch: str) -> dict[str, Side]:
     """A teacher's logits for blocks of images. `frozen`: the part of ours that all its seeds share."""
     settings, size = bench.settings, bench.plan.forward_images
     work = FineTuning(arch, bench.dataset(size), settings)
-    trained = memory_format(work.cut(0)[1].to(settings.device))
+    trained = channels_last(work.cut(0)[1].to(settings.device))
     plain = bench.plain_resnet(arch)
     x = normalise(bench.dataset(size).train.images)
     resident = tutorial.enlarge(x, settings.teacher_size, settings.teacher_resize)

@@ -17,7 +17,7 @@ from kdutils.data.images import Dataset
 from kdutils.results import metrics
 from kdutils.results.metrics import Difference
 from kdutils.results.record import column
-from kdutils.results.tables import LONG, at_budget, bootstrap_text, interval_text, signed, teacher_words, with_teachers
+from kdutils.results.tables import LONG, at_epochs, bootstrap_text, interval_text, signed, teacher_words, with_teachers
 from kdutils.settings import Settings, UserError
 from kdutils.students import StudentRun
 
@@ -190,7 +190,7 @@ class _Rows:
         self.words = {"epochs": f"{epochs} epochs", "labels": f"{settings.get('train_size', 0):,}"}
         results = results[results.metric == "accuracy"]
         for which in ("", LONG, "extra"):
-            rows = at_budget(results, which, epochs)
+            rows = at_epochs(results, which, epochs)
             if which == LONG:
                 self.words[LONG] = f"{rows.epochs.max()} epochs"
             columns = rows[rows.split == "test"][["arm", "teachers", "seed", "value"]]
@@ -200,7 +200,7 @@ class _Rows:
                         f"results.csv: {arm}/{teachers}, seed {seed}, has two test accuracies; keep one row"
                     )
                 of_method[seed] = 100 * value
-        self.roles = self._roles(with_teachers(at_budget(results, "", epochs), settings))
+        self.roles = self._roles(with_teachers(at_epochs(results, "", epochs), settings))
 
     def _roles(self, rows: pd.DataFrame) -> dict[str, str]:
         both = next((names for which, arm, names in self.accuracies if arm == "kd_mean_prob" and "+" in names), "")

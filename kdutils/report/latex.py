@@ -24,7 +24,7 @@ from kdutils.results.tables import (
     WORDS,
     arm_words,
     as_words,
-    at_budget,
+    at_epochs,
     signed,
     spread_of,
     trained_part,
@@ -91,7 +91,7 @@ def _check_finished(cell: nbformat.NotebookNode, place: str) -> None:
     for output in cell.outputs:
         if output.output_type == "error":
             error = " ".join(f"{output.ename}: {output.evalue}".split())
-            raise UserError(f"notebook: {place} failed ({error}); mend it and run it again")
+            raise UserError(f"notebook: {place} failed ({error}); fix it and run it again")
     done = cell.execution_count is not None or cell.metadata.get("papermill", {}).get("status") == "completed"
     if cell.source.strip() and not done:
         raise UserError(f"notebook: {place} has not been run; run the notebook to its end first")
@@ -135,7 +135,7 @@ def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[
     """The numbers of report.tex's prose: key -> text, from the rows of results.csv and the provenance.
 
     - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}` of the students with the report's epochs; `long/...` and
-      `extra/...` of the others (see `at_budget`); the teachers of tasks 3 and 4 also as `teacher/<arch>/...`
+      `extra/...` of the others (see `at_epochs`); the teachers of tasks 3 and 4 also as `teacher/<arch>/...`
     - `gap/<arch>`: mean test accuracy of a teacher minus that of the student from scratch, in points
     - `best/{words,pm}`: the student with the highest mean validation accuracy, and its test accuracy
     - `words/unlabelled`: how many unlabelled images there are beside the labelled ones
@@ -144,11 +144,11 @@ def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[
     settings = provenance.get("settings", {})
     values = _flat(provenance) | _setting_words(settings)
     for which in ("", LONG, "extra"):
-        rows = at_budget(results, which, settings.get("epochs"))
+        rows = at_epochs(results, which, settings.get("epochs"))
         if which == LONG and len(rows):
             values["words/long_epochs"] = counted(int(rows.epochs.iloc[0]), "epoch")
         values |= _row_values(with_teachers(rows, settings), which)
-    main = at_budget(results, "", settings.get("epochs"))
+    main = at_epochs(results, "", settings.get("epochs"))
     accuracy = main[(main.metric == "accuracy") & ~main.task.isin(("2", "extra"))]
     on_val = accuracy[accuracy.split == "val"].groupby(["arm", "teachers"]).value.mean()
     accuracy = accuracy[accuracy.split == "test"]

@@ -33,6 +33,7 @@ from kdutils.teachers import Teacher, TeacherRun
 from kdutils.training import predict
 
 PARTS = ("train", "val", "test")
+# other people's results have these columns: they stay
 RESULT_COLUMNS = ("task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "papermill", "nbconvert")
 Scores = dict[tuple[str, str], float]  # by (part of the data, metric)

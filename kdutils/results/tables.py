@@ -249,7 +249,7 @@ def accuracy_frame(arms: Mapping[str, Sequence[Run]], dataset: Dataset) -> pd.Da
 # --- tables of results.csv ---
 
 
-def at_budget(results: pd.DataFrame, which: str, epochs: int | None) -> pd.DataFrame:
+def at_epochs(results: pd.DataFrame, which: str, epochs: int | None) -> pd.DataFrame:
     """The rows of results.csv at one number of epochs, so that an arm and its teachers name at most one set of runs.
 
     which: "" for the report's `epochs`, or the only number an arm was trained for (a fine-tuning, say); `LONG` for the
@@ -283,7 +283,7 @@ def _normal(results: pd.DataFrame) -> pd.DataFrame:
 
 def of_the_tasks(results: pd.DataFrame, epochs: int | None) -> pd.DataFrame:
     """The rows of results.csv about the classifiers of the four tasks at the report's epochs, without the study's."""
-    rows = at_budget(results, "", epochs)
+    rows = at_epochs(results, "", epochs)
     return rows[(rows.task == "2") | (rows.arm.isin(TASK_ARMS) & (rows.task != "extra"))]
 
 
@@ -360,7 +360,7 @@ def arms_table(rows: pd.DataFrame) -> pd.DataFrame:
 def run_tables(folder: Path) -> dict[str, pd.DataFrame]:
     """The results of a run or of the report, by title; `folder` holds rows, provenance and times."""
     results, settings = read_results(folder), read_provenance(folder).get("settings", {})
-    rows = at_budget(results, "", settings.get("epochs")).sort_values("task", kind="stable")
+    rows = at_epochs(results, "", settings.get("epochs")).sort_values("task", kind="stable")
     tables = {
         "Test images": results_table(results),
         "Each part of the data; test accuracy against scratch in points, paired by seed": arms_table(rows),
