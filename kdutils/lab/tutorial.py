@@ -1,8 +1,8 @@
 """The same work as the PyTorch tutorials do it: what `kdutils.lab.bench` measures against.
 
 Its steps stay as they are: a slower baseline is no speed. Imports nothing from kdutils. The workers of a DataLoader
-augment and normalise images one by one, all networks compute in float32, optimizers are torch's own, and teachers run in
-every step.
+augment and normalise images one by one, all networks compute in float32, optimizers are torch's own, and teachers run
+in every step.
 """
 
 import os
