@@ -437,7 +437,7 @@ BAD = {
         "TMP/runs/tiny/notebooks/02_fine_tuned_resnets.ipynb, TMP/runs/tiny/notebooks/03_one_teacher.ipynb, "
         "TMP/runs/tiny/notebooks/04_two_teachers.ipynb missing; run the notebooks again: python -m kdutils run --profile TMP/tiny.yaml"),
     "a notebook that failed": (notebook(FAILED, execution_count=1),
-        "notebook: TMP/a.ipynb, cell 1 failed (ZeroDivisionError: by 0); mend it and run it again"),
+        "notebook: TMP/a.ipynb, cell 1 failed (ZeroDivisionError: by 0); fix it and run it again"),
     "a notebook that was not run": (notebook(),
         "notebook: TMP/a.ipynb, cell 1 has not been run; run the notebook to its end first"),
     "a figure's name with a space": (lambda w: show_table(None, "my table", "caption"),
