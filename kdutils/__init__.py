@@ -15,11 +15,12 @@ _MODULE_OF = {
         "settings": "UserError load_settings notebook_settings",
         "data.images": "load_data",
         "data.views": "make_views view_pixels",
-        "models": "SmallCNN layer_table normalise",
+        "models": "SmallCNN normalise",
         "losses": "combine_teachers cross_entropy dist_loss distillation_loss dkd_loss kd_loss",
         "training": "Recipe fit predict",
         "teachers": "Teacher ensemble fine_tune",
         "students": "Method named_method train_students",
+        "results.tables": "layer_table",
         "report.show": "show_figure show_table",
     }.items()
     for name in names.split()

@@ -3,14 +3,12 @@
 import hashlib
 import itertools
 import json
-import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -243,38 +241,3 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
     return module
-
-
-def layer_table(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What torchsummary prints, as two tables: the layers, and the memory for one image in MB (2^20 bytes, float32).
-
-    `input_shape` is that of one image, without the batch. The forward and backward pass counts every layer's output
-    twice, as torchsummary does.
-    """
-    layers: list[dict] = []
-
-    def note_layer(module: nn.Module, _: tuple, output: Tensor) -> None:
-        name, shape = f"{type(module).__name__}-{len(layers) + 1}", [-1, *output.shape[1:]]
-        count = sum(p.numel() for p in module.parameters())
-        layers.append({"Layer": name, "Output shape": shape, "Parameters": count})
-
-    leaves = [module for module in model.modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(note_layer) for module in leaves]
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        model(torch.zeros(1, *input_shape, device=device))
-    for hook in hooks:
-        hook.remove()
-    numbers = {
-        "Input": math.prod(input_shape),
-        "Forward and backward pass": 2 * sum(-math.prod(layer["Output shape"]) for layer in layers),
-        "Parameters": sum(layer["Parameters"] for layer in layers),
-    }
-    megabytes = {name: count * 4 / 2**20 for name, count in numbers.items()}
-    megabytes["Estimated total"] = sum(megabytes.values())
-    memory = pd.DataFrame({"Memory": list(megabytes), "MB": [f"{value:.2f}" for value in megabytes.values()]})
-    total = {"Layer": "Total", "Output shape": "", "Parameters": numbers["Parameters"]}
-    table = pd.DataFrame([*layers, total])
-    table["Output shape"] = table["Output shape"].astype(str)
-    table["Parameters"] = table["Parameters"].map("{:,}".format)
-    return table, memory

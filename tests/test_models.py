@@ -17,6 +17,7 @@ from torch import nn
 from torchsummary import summary
 from torchvision import models as zoo
 
+from kdutils import layer_table
 from kdutils.models import (
     MEAN,
     STD,
@@ -25,7 +26,6 @@ from kdutils.models import (
     backbone_source,
     cut,
     fold_batch_norms,
-    layer_table,
     load_backbone,
     normalise,
     read_state,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from torch import Tensor, nn
 
 from kdutils.data.images import Dataset
 from kdutils.results import metrics
@@ -367,3 +369,38 @@ def run_tables(folder: Path) -> dict[str, pd.DataFrame]:
         "Wall time": times_table(folder),
     }
     return {title: table for title, table in tables.items() if len(table)}
+
+
+def layer_table(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What torchsummary prints, as two tables: the layers, and the memory for one image in MB (2^20 bytes, float32).
+
+    `input_shape` is that of one image, without the batch. The forward and backward pass counts every layer's output
+    twice, as torchsummary does.
+    """
+    layers: list[dict] = []
+
+    def note_layer(module: nn.Module, _: tuple, output: Tensor) -> None:
+        name, shape = f"{type(module).__name__}-{len(layers) + 1}", [-1, *output.shape[1:]]
+        count = sum(p.numel() for p in module.parameters())
+        layers.append({"Layer": name, "Output shape": shape, "Parameters": count})
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(note_layer) for module in leaves]
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        model(torch.zeros(1, *input_shape, device=device))
+    for hook in hooks:
+        hook.remove()
+    numbers = {
+        "Input": math.prod(input_shape),
+        "Forward and backward pass": 2 * sum(-math.prod(layer["Output shape"]) for layer in layers),
+        "Parameters": sum(layer["Parameters"] for layer in layers),
+    }
+    megabytes = {name: count * 4 / 2**20 for name, count in numbers.items()}
+    megabytes["Estimated total"] = sum(megabytes.values())
+    memory = pd.DataFrame({"Memory": list(megabytes), "MB": [f"{value:.2f}" for value in megabytes.values()]})
+    total = {"Layer": "Total", "Output shape": "", "Parameters": numbers["Parameters"]}
+    table = pd.DataFrame([*layers, total])
+    table["Output shape"] = table["Output shape"].astype(str)
+    table["Parameters"] = table["Parameters"].map("{:,}".format)
+    return table, memory
