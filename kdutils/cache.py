@@ -4,10 +4,12 @@
 (`fingerprint`, `describe`), its file, locks between processes, checkpoints, and errors of disk, memory and network.
 
 After a kill, finished results are there, whole; the next holder of the lock removes half-written files; a training
-resumes from its checkpoint, a file beside its result (`training.fit` says what it holds and when it is saved).
+resumes from its checkpoint, a file beside its result (`training._State` says what it holds, `Checkpoint.is_due` when it
+is saved).
 
-A key covers settings, data, weights and the code of losses and of the student. It does not cover `training.fit`,
-`draw`, `view_table`, `view_pixels` and `normalise`: raise `FORMAT` if what they compute changes.
+A key covers settings, data, weights and, for students, the code of their network and loss. It does not cover the code
+of anything else that computes, such as training, views, the cut of a teacher or its loss: raise `FORMAT` if what they
+compute changes. Names and words in keys stay: a change trains everybody's networks anew.
 """
 
 import ast

@@ -2,6 +2,9 @@
 
 The features of the frozen part are computed once and kept; the trained part is fitted on them, once per teacher seed.
 What comes out is one function, `teacher.logits(images, view)`, whose results are kept per thousand images.
+
+To add a teacher: its name in `settings.ARCHITECTURES`, its settings there and in every profile, its name in words in
+`results.tables.WORDS`, a call of `fine_tune`; another family than ResNets also needs its layers in `models.cut`.
 """
 
 import copy
@@ -132,7 +135,7 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
         parameters_total=frozen + fitted,
         parameters_trained=fitted,
         views_trained=work.trained_views,
-        feature_seconds=work.feature_seconds,
+        feature_seconds=max(made.facts.get("feature_seconds", 0.0) for made in trained.values()),
         **work.source._asdict(),
     )
 
@@ -293,7 +296,7 @@ class FineTuning:
         self.name = f"{arch}-{self.trainable}"
         self.table = view_table(**settings.views)
         self.num_views = len(self.table)
-        self.feature_seconds = 0.0
+        self._feature_seconds: dict[Path, float] = {}  # by file
         self._blocks: dict[int, tuple[Tensor, list[tuple[Tensor, str]]]] = {}
         self._logits: dict[tuple[int, int], Tensor] = {}
 
@@ -425,8 +428,9 @@ class FineTuning:
             return normalise(self._pixels(images, view))
         found = []
         for block, checksum in self._in_blocks(images):
-            made = cached(*self._feature_place(checksum, view), partial(self._make_features, block, view))
-            self.feature_seconds += made.seconds
+            place = self._feature_place(checksum, view)
+            made = cached(*place, partial(self._make_features, block, view))
+            self._feature_seconds[cache_path(*place)] = made.seconds
             found.append(made.tensors["features"])
         return torch.cat(found).to(self.settings.device)
 
@@ -495,7 +499,7 @@ class FineTuning:
         with lower_if_out_of_memory(name, "teacher_batch_size or feature_memory_gb"):
             progress = TrainingProgress(name)
             history = fit(trained, **self.fit_arguments(seed), progress=progress, checkpoint=checkpoint)
-        return trained.state_dict(), {"history": history}
+        return trained.state_dict(), {"history": history, "feature_seconds": sum(self._feature_seconds.values())}
 
     def fit_arguments(self, seed: int) -> dict[str, Any]:
         """What `training.fit` needs to fit the trained part of a seed, but for the network and the checkpoint."""

@@ -223,7 +223,8 @@ def typeset(generated: Path, pdf: Path) -> Path:
 
 
 def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """The report's texts that come from neither a result nor a setting, among them the notices on its first page."""
+    """The report's texts that come from neither a result nor a setting: the notices on its first page, the student's
+    number of parameters, what the weights are."""
     data, weights = provenance["data"], provenance["weights"]
     about_data = ""
     if data["is_generated"]:
