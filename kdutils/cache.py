@@ -43,7 +43,7 @@ from torch import Tensor
 from kdutils.progress import tell
 from kdutils.settings import UserError, shown_path
 
-History = dict[str, list[float]]  # a value an epoch
+History = dict[str, list[float]]  # one value per epoch
 Made = tuple[dict[str, Tensor], dict[str, Any]]  # what a maker returns: tensors, and plain (JSON) facts
 FORMAT = 2  # raise it when a cached result's content changes its meaning: older ones are then made again
 CHECKPOINT_FORMAT = 1  # raise it when what `fit` saves changes: older checkpoints are then not used

@@ -1,4 +1,4 @@
-"""Progress: a live bar for people, plain lines for files, and one live line a stage for a batch run in a terminal."""
+"""Progress: a live bar for people, plain lines for files, and one live line per stage for a batch run in a terminal."""
 
 import io
 import math

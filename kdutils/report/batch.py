@@ -198,8 +198,7 @@ def _check_same_run(
 
 
 def renew_readme(readme: Path, generated: Path, notebooks: Sequence[Path]) -> None:
-    """Make README.md's table of results, the note under it and its pictures anew from what `generated` and the executed
-    notebooks hold."""
+    """Rewrite README.md's table of results, the note under it and its pictures: from `generated` and the notebooks."""
     results, provenance = read_results(generated), read_provenance(generated)
     of_tasks = of_the_tasks(results, provenance["settings"]["epochs"])
     tables = {"": results_table(of_tasks), "All arms, the study's among them": results_table(results)}
@@ -213,7 +212,7 @@ def macros(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, st
 
 
 def typeset(generated: Path, pdf: Path) -> Path:
-    """Typeset `generated` into `pdf`; all that report.tex reads by name is made of the rows anew."""
+    """Typeset `generated` into `pdf`; the macros that report.tex reads are written from the rows first."""
     if not (generated / "notebooks.tex").is_file():
         raise UserError(f"report: {shown_path(generated)} holds nothing to typeset; run `make report` first")
     write_macros(macros(read_results(generated), read_provenance(generated)), generated)

@@ -1,7 +1,7 @@
 """What a run writes down: `results.csv` (a row per number), `provenance.json` (what the numbers depend on) and
 `timings.csv`.
 
-Every notebook records its own rows under `found/`; the three files are made anew of all of them.
+Every notebook records its own rows under `found/`; the three files are rewritten from all of them.
 """
 
 import csv
@@ -170,7 +170,7 @@ def record(
     timings: Iterable[tuple[str, float]],
     made_of: Mapping[str, str],
 ) -> Path:
-    """Write what a notebook found, and make `results.csv`, `provenance.json` and `timings.csv` anew.
+    """Write what a notebook found, and rewrite `results.csv`, `provenance.json` and `timings.csv`.
 
     They hold what all notebooks found under the present settings. `made_of` gives the checksums of what the rows depend
     on besides (data, weights, trained networks): a notebook that last ran with others of the same name is left out.

@@ -157,7 +157,7 @@ def committed_sweeps(
 
 
 def sweep_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line a trial: validation accuracy (mean ± sd over folds and seeds) and the paired difference to the first.
+    """One line per trial: validation accuracy (mean ± sd over folds and seeds) and the paired difference to the first.
 
     A trial with the settings of the first is left out, and so are intervals of fewer than three runs.
     """

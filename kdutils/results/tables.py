@@ -154,7 +154,7 @@ def is_right(column: pd.Series) -> bool:
 
 
 def text_table(frame: pd.DataFrame) -> str:
-    """The frame for a terminal: a line a row, words to the left, numbers to the right."""
+    """The frame for a terminal: one line per row, words to the left, numbers to the right."""
     texts = as_text(frame)
     lines = [list(texts.columns), *texts.values.tolist()]
     kinds = [">" if all(re.match(r"[-+−\d–]", cell) for cell in texts[name]) else "<" for name in texts]
@@ -182,9 +182,11 @@ def note(dataset: Dataset, *teachers: Teacher) -> str:
 def comparison(
     entries: Iterable[tuple[str, Sequence[Run]]], dataset: Dataset, baseline: Sequence[StudentRun] | None = None
 ) -> pd.DataFrame:
-    """One line a model: accuracies in per cent (mean ± sd over seeds), mean test NLL and ECE; with a baseline, also the
-    difference of a student's test accuracy to it, in points, with two 95 % intervals: over seeds, and over test
-    images."""
+    """One line per model: accuracies in per cent (mean ± sd over seeds), mean test NLL and ECE.
+
+    With a baseline, also the difference of a student's test accuracy to it, in points, with two 95 % intervals: over
+    seeds, and over test images.
+    """
     lines = []
     for label, runs in entries:
         parts = {"Train (%)": "train", "Validation (%)": "val", "Test (%)": "test"}
@@ -252,7 +254,7 @@ def accuracy_frame(arms: Mapping[str, Sequence[Run]], dataset: Dataset) -> pd.Da
 
 
 def at_epochs(results: pd.DataFrame, which: str, epochs: int | None) -> pd.DataFrame:
-    """The rows of results.csv at one number of epochs, so that an arm and its teachers name at most one set of runs.
+    """The rows of results.csv at one number of epochs, so that a method and its teachers name one set of runs.
 
     which: "" for the report's `epochs`, or the only number an arm was trained for (a fine-tuning, say); `LONG` for the
     largest number of the student from scratch, if that is larger; "extra" for the rows of the task `extra`.
@@ -303,7 +305,7 @@ def with_teachers(rows: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFra
 
 
 def results_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm, in words: mean and standard deviation over its seeds of the test accuracy; NLL; ECE.
+    """One row per method, in words: mean and standard deviation over its seeds of the test accuracy; NLL; ECE.
 
     What a later task repeats of an earlier one, to compare with, is shown once.
     """
@@ -330,7 +332,7 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def times_table(folder: Path) -> pd.DataFrame:
-    """What took how long in a run: a row a stage, all its seeds together, and the total."""
+    """The times of a run: one row per stage, all its seeds together, and the total."""
     times = pd.read_csv(folder / "timings.csv")
     by_stage = times.groupby(times.stage.str.replace(r", seed \d+$", "", regex=True), sort=False).seconds
     lines = [{"Stage": stage, "Times": len(seconds), "Took": minutes(seconds.sum())} for stage, seconds in by_stage]
@@ -338,8 +340,10 @@ def times_table(folder: Path) -> pd.DataFrame:
 
 
 def arms_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row an arm: its measures, mean ± sd over seeds; the difference of its test accuracy to that of the student from
-    scratch, in points, of the seeds that both have."""
+    """One row per method: its measures, mean ± sd over seeds, and its difference to the student from scratch.
+
+    The difference is of test accuracies, in points, of the seeds that both have.
+    """
     columns = {"Train (%)": "train/accuracy", "Validation (%)": "val/accuracy", "Test (%)": "test/accuracy"}
     columns |= {"Test macro F1": "test/macro_f1", "Test entropy": "test/entropy"}
     rows = rows.assign(measure=rows.split + "/" + rows.metric).set_index("seed")
