@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdutils.cache import (
@@ -188,8 +189,7 @@ def fit_arguments(
     """What `fit` needs to train the student of a method and seed, but for the network and the checkpoint."""
     images, labels = dataset.train if train is None else train
     viewed = make_views(images, **settings.views)
-    num_views = len(viewed.table)
-    target = _target(method, images, labels, num_views, seed)
+    target = _target(method, images, labels, viewed.table.cpu(), seed)
 
     def loss(logits: Tensor, index: Tensor, view: Tensor) -> Tensor:
         if target is None:
@@ -201,18 +201,25 @@ def fit_arguments(
         "labels": labels,
         "loss": loss,
         "recipe": student_recipe(settings),
-        "num_views": num_views,
+        "num_views": len(viewed.table),
         "seed": seed,
         "validation": (normalise(dataset.val.images), dataset.val.labels),
         "precision": settings.precision,
     }
 
 
-def _target(method: Method, images: Tensor, labels: Tensor, num_views: int, seed: int) -> Tensor | None:
-    """The logits float32 [N, V, C] that the student of this seed learns from."""
+def _target(method: Method, images: Tensor, labels: Tensor, table: Tensor, seed: int) -> Tensor | None:
+    """The logits float32 [N, V, C] that the student of this seed learns from, in its views `table` [V, 3]."""
     if not method.teachers:
         return None
-    logits = [soft_labels(teacher, images, num_views)[teacher.run_number(seed)].float() for teacher in method.teachers]
+    logits = []
+    for teacher in method.teachers:
+        if not torch.equal(teacher.table[: len(table)], table):
+            raise UserError(
+                f"method {method.name}: {teacher.arch} and the student number different views; use the same max_shift "
+                "and shift_step for both"
+            )
+        logits.append(soft_labels(teacher, images, len(table))[teacher.run_number(seed)].float())
     if method.combine is None:
         return logits[0]
     return method.combine(logits, labels=labels[:, None].expand(logits[0].shape[:2]))

@@ -67,13 +67,14 @@ class Teacher:
     """A pretrained CNN, fine-tuned once per teacher seed.
 
     logits: `logits(images, view=0)` gives float16 [S, N, C], what each of the S runs says of images uint8
-    [N, 3, 32, 32] in one view, a row of `data.views.view_table`.
+    [N, 3, 32, 32] in one view, a row of `table`, the `data.views.view_table` of its settings.
     """
 
     arch: str
     trainable: str
     runs: list[TeacherRun]
     logits: Callable[..., Tensor]
+    table: Tensor
     description: str
     is_standin: bool
     checksum: str
@@ -132,6 +133,7 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
         trainable=work.trainable,
         runs=runs,
         logits=work.logits,
+        table=work.table,
         parameters_total=frozen + fitted,
         parameters_trained=fitted,
         views_trained=work.trained_views,
@@ -278,7 +280,7 @@ def _from_file(path: Path, arch: str, dataset: Dataset, settings: Settings) -> T
             )
             for number, about in enumerate(facts.pop("runs"))
         ]
-        return Teacher(runs=runs, logits=logits, **facts)
+        return Teacher(runs=runs, logits=logits, table=view_table(**settings.views), **facts)
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"weights: the logits in {shown_path(path)} are incomplete; get the file again, or give the weights of "

@@ -7,6 +7,7 @@ from torch import nn
 
 from kdutils.compat import ensure_torchvision
 from kdutils.data.images import Dataset, Split
+from kdutils.data.views import view_table
 from kdutils.models import seeded
 from kdutils.settings import UserError, load_settings
 from kdutils.teachers import Teacher, TeacherRun
@@ -97,7 +98,7 @@ def fake_teacher(data, arch="resnet50", seeds=(0,)):
         return 3 * torch.randn(len(seeds), len(images), 10, generator=generator).half()
 
     runs = [TeacherRun(arch, "last_layer", seed, {}, {}, 0.0, f"{arch} {seed}") for seed in seeds]
-    return Teacher(arch, "last_layer", runs, logits, "a fake", True, "x", 1, 1, 1, 0.0)
+    return Teacher(arch, "last_layer", runs, logits, view_table(1, 1), "a fake", True, "x", 1, 1, 1, 0.0)
 
 
 def random_resnet(arch="resnet18"):

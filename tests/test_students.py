@@ -129,6 +129,14 @@ def test_two_teachers_of_one_opinion_are_one_teacher(tiny, toy_data, rule):
     torch.testing.assert_close(both.history["train_loss"], alone.history["train_loss"], rtol=1e-3, atol=1e-4)
 
 
+def test_a_teacher_of_other_views_is_refused(tiny, toy_data):
+    """Its third view is none of the student's: what it says of one would be taken for what it says of another."""
+    method = Method("kd", partial(distillation_loss, temperature=4.0, alpha=0.5), (fake_teacher(toy_data),))
+    fit_arguments(method, toy_data, tiny(max_shift=0), 0)  # the first two are the same for all
+    message = message_of(train_students, method, toy_data, tiny(max_shift=2, shift_step=2))
+    assert message.startswith("method kd: resnet50 and the student number different views; use the same max_shift")
+
+
 def test_images_without_a_label_are_trained_on_by_their_soft_labels(tiny, toy_data):
     settings, method = tiny(seeds=[0]), distilled(fake_teacher(toy_data), alpha=0.5)
     images = torch.cat([toy_data.train.images, toy_data.test.images])

@@ -88,9 +88,9 @@ class _Bench(NamedTuple):
 
     def method(self, name: str, count: int) -> Method:
         """The student's method: `scratch`, or `kd` from both teachers, with random soft labels of `count` images."""
-        shape = count, len(view_table(**self.settings.views)), 10
-        logits = torch.randn(shape, device=self.settings.device).half()
-        teachers: Any = [_RandomTeacher(arch, logits) for arch in ARCHITECTURES] if name == "kd" else []
+        table = view_table(**self.settings.views)
+        logits = torch.randn((count, len(table), 10), device=self.settings.device).half()
+        teachers: Any = [_RandomTeacher(arch, logits, table) for arch in ARCHITECTURES] if name == "kd" else []
         return named_method(name, self.settings, teachers)
 
     def plain_resnet(self, arch: str) -> nn.Module:
@@ -118,6 +118,7 @@ class _RandomTeacher(NamedTuple):
 
     arch: str
     soft_labels: Tensor
+    table: Tensor
 
     def logits(self, images: Tensor, view: int = 0) -> Tensor:
         return self.soft_labels[None, :, view]
