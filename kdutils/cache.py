@@ -31,6 +31,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -419,3 +420,13 @@ def network_timeout(seconds: float = 30.0) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+DOWNLOAD_ERRORS = (OSError, RuntimeError, HTTPException)  # RuntimeError: a checksum that torch or torchvision refuses
+
+
+def download_reason(error: Exception) -> str:
+    """Why a download failed, in one line."""
+    if isinstance(error, RuntimeError):  # a connection that breaks off ends a file early, without an error of its own
+        return "what arrived is cut off or altered: its checksum does not match"
+    return " ".join(str(error).split())[:160]

@@ -5,7 +5,6 @@ import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kdutils.cache import network_timeout
+from kdutils.cache import DOWNLOAD_ERRORS, download_reason, network_timeout
 from kdutils.compat import ensure_torchvision
 from kdutils.settings import UserError, project_path, shown_path, weights_file
 
@@ -183,19 +182,24 @@ def _imagenet_weights(arch: str):
 
 
 def _imagenet_state(arch: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights, from torch.hub's folder or else by download; a damaged file is fetched again."""
     weights, expected = _imagenet_weights(arch)
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-    if cached.is_file() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(expected):
-        raise UserError(f"weights: {cached} is damaged (its checksum does not match); delete it, and run again")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     try:
-        with network_timeout():
-            return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError, HTTPException) as error:
-        reason = " ".join(str(error).split())[:120]
+        if path.is_file() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(expected):
+            print(f"weights: {shown_path(path)} is damaged (its checksum does not match); fetched again")
+            path.unlink()
+        if not path.is_file():
+            print(f"weights: downloading {weights.url} to {shown_path(path)}", flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with network_timeout():  # torch.hub puts the file in place only when it is whole
+                torch.hub.download_url_to_file(weights.url, str(path), expected, progress=False)
+    except DOWNLOAD_ERRORS as error:
         raise UserError(
-            f"weights: the ImageNet weights of {arch} cannot be downloaded ({reason}); save {weights.url} as "
-            f"FOLDER/{arch}.pth and use weights = FOLDER, or use weights = generated or none"
+            f"weights: the ImageNet weights of {arch} cannot be downloaded ({download_reason(error)}); run again, save "
+            f"{weights.url} as FOLDER/{arch}.pth and use weights = FOLDER, or use weights = generated or none"
         ) from error
+    return read_state(path)[0]
 
 
 def cut(

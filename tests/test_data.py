@@ -279,7 +279,7 @@ def fake_cifar10(monkeypatch):
     class CIFAR10:
         classes = CLASSES
 
-        def __init__(self, root, train, download):
+        def __init__(self, root, train):
             asked.append((root, train))
             count = 60 if train else 20
             rows = np.arange(32, dtype=np.uint8)[:, None, None]

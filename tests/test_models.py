@@ -15,7 +15,6 @@ from conftest import message_of, random_resnet
 from safetensors.torch import save_file
 from torch import nn
 from torchsummary import summary
-from torchvision import models as zoo
 
 from kdutils import layer_table
 from kdutils.models import (
@@ -260,12 +259,3 @@ def test_imagenet_weights_without_a_network(tmp_path, monkeypatch, arch, error):
     assert message.startswith("weights: ") and "cannot be downloaded" in message
     assert f"https://download.pytorch.org/models/{arch}-" in message and f"{arch}.pth" in message
     assert "generated" in message
-
-
-@pytest.mark.parametrize("content", [b"", b"cut off"])
-def test_a_damaged_download_of_earlier_is_named(tmp_path, monkeypatch, content):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "hub" / "checkpoints" / zoo.ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
-    assert message_of(load_backbone, "resnet18", "imagenet").startswith("weights: ")

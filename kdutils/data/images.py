@@ -7,9 +7,8 @@ import os
 import stat
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +16,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from kdutils.cache import cached, check_writable, fingerprint, network_timeout, tensor_checksum
+from kdutils.cache import (
+    DOWNLOAD_ERRORS,
+    cached,
+    check_writable,
+    download_reason,
+    fingerprint,
+    lock,
+    network_timeout,
+    tensor_checksum,
+)
 from kdutils.compat import ensure_torchvision
 from kdutils.data import shapes
 from kdutils.settings import Settings, UserError, project_path, shown_path
@@ -172,22 +180,44 @@ def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int, name: str 
 
 
 def _cifar10(folder: Path) -> tuple[list[str], Split, Split]:
-    parts = []
-    for train in (True, False):
+    source = ensure_torchvision().datasets.CIFAR10
+    try:
         try:
-            # torchvision prints "already downloaded"
-            with contextlib.redirect_stdout(io.StringIO()), network_timeout():
-                part = ensure_torchvision().datasets.CIFAR10(str(folder), train=train, download=True)
-        except (OSError, RuntimeError, HTTPException) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"data: CIFAR-10 is not in {shown_path(folder)} and cannot be downloaded ({reason}); put "
-                "cifar-10-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) there, or use "
-                "data = shapes10 or data = folder:PATH"
-            ) from error
-        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        parts.append(Split(images, torch.tensor(part.targets)))
-    return list(part.classes), parts[0], parts[1]
+            train, test = (source(str(folder), train=train) for train in (True, False))
+        except RuntimeError:  # a file is not there, or its checksum does not match
+            _fetch_cifar10(source, folder)
+            train, test = (source(str(folder), train=train) for train in (True, False))
+    except DOWNLOAD_ERRORS as error:
+        raise UserError(
+            f"data: CIFAR-10 is not in {shown_path(folder)} and cannot be downloaded ({download_reason(error)}); run "
+            "again, put cifar-10-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) there, or use "
+            "data = shapes10 or data = folder:PATH"
+        ) from error
+    parts = [
+        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in (train, test)
+    ]
+    return list(train.classes), parts[0], parts[1]
+
+
+def _fetch_cifar10(source: Any, folder: Path) -> None:
+    """Download and unpack torchvision's CIFAR-10; an archive that is there and whole is only unpacked.
+
+    A line names each file that is cut off or damaged. Raises one of `DOWNLOAD_ERRORS` when the download fails.
+    """
+    utils = ensure_torchvision().datasets.utils
+    archive = folder / source.filename
+    unpacked = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+    checksums = {folder / source.base_folder / name: md5 for name, md5 in unpacked} | {archive: source.tgz_md5}
+    check_writable(folder, "data_dir")
+    with lock(archive):
+        wrong = [path for path, md5 in checksums.items() if not utils.check_integrity(str(path), md5)]
+        for path in filter(Path.is_file, wrong):
+            again = "downloaded" if path == archive else "unpacked"
+            print(f"data: {shown_path(path)} is cut off or damaged (its checksum does not match); {again} again")
+        if wrong:  # else another process fetched it meanwhile
+            with contextlib.redirect_stdout(io.StringIO()), network_timeout():  # older torchvisions print what they do
+                utils.download_and_extract_archive(source.url, str(folder), None, source.filename, source.tgz_md5)
 
 
 def _shapes10(settings: Settings) -> tuple[list[str], Split, Split]:
