@@ -15,11 +15,11 @@ import torch
 from conftest import message_of, random_resnet
 from served.sitecustomize import download_from
 
-from kdutils import models
+from kdutils import weights
 from kdutils.cache import lock, network_timeout
 from kdutils.data import images
 from kdutils.data.images import load_data
-from kdutils.models import load_backbone
+from kdutils.weights import load_pretrained
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 TRAIN = [f"data_batch_{number}" for number in range(1, 6)]
@@ -128,7 +128,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     server = Server()
-    for module in (images, models):
+    for module in (images, weights):
         monkeypatch.setattr(
             module, "network_timeout", lambda: network_timeout(1.0 if server.fault == "stalls" else 30.0)
         )
@@ -148,7 +148,7 @@ def load_resnet18(server, resnet18, monkeypatch):
     name, content = resnet18
     server.files[name] = content
     download_from({}, {"resnet18": server.url(name)}, monkeypatch.setattr)
-    return lambda: load_backbone("resnet18", "imagenet")
+    return lambda: load_pretrained("resnet18", "imagenet")
 
 
 def cut(path):
@@ -274,7 +274,7 @@ def test_damaged_imagenet_weights_are_told_and_downloaded_again(
     damage(path)
     assert same(load_resnet18(), content) and server.asked == [name] == checkpoints(tmp_path)
     assert capsys.readouterr().out.startswith(
-        f"weights: {path} is damaged (its checksum does not match); fetched again\n"
+        f"weights: {path} is damaged (its checksum does not match); downloaded again\n"
     )
 
 

@@ -65,7 +65,7 @@ class Study:
 
     @cached_property
     def teachers(self) -> tuple[Teacher, ...]:
-        return tuple(fine_tune(arch, self.dataset, self.settings) for arch in ("resnet50", "resnet18"))
+        return tuple(fine_tune(teacher, self.dataset, self.settings) for teacher in self.settings.teachers)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -126,8 +126,8 @@ def _class_mean(study: Study) -> Entry:
 def _tuned(study: Study, which: str = "teacher") -> Entry:
     """With the temperature and weight that did best with this teacher."""
     teacher: Teacher = getattr(study, which)
-    loss = LOSSES["kd"](dataclasses.replace(study.settings, **TUNED[teacher.arch]))
-    words = f"Distilled from {teacher_words(teacher.arch)}, tuned for it"
+    loss = LOSSES["kd"](dataclasses.replace(study.settings, **TUNED[teacher.label]))
+    words = f"Distilled from {teacher_words(teacher.label)}, tuned for it"
     return Entry("3", words, Method("kd_tuned", loss, (teacher,)), study.settings)
 
 
@@ -143,7 +143,7 @@ def _scratch_long(study: Study, task: str = "1") -> Entry:
 def _kd_long(study: Study, which: str = "teacher", task: str = "3") -> Entry:
     teacher: Teacher = getattr(study, which)
     method = named_method("kd", study.settings, [teacher])
-    return Entry(task, f"Distilled from {teacher_words(teacher.arch)}", method, study.long())
+    return Entry(task, f"Distilled from {teacher_words(teacher.label)}", method, study.long())
 
 
 def _two_long(study: Study) -> Entry:

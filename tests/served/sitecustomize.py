@@ -1,6 +1,6 @@
 """Every Python with this folder on its PYTHONPATH downloads from the test's server.
 
-The file that KDUTILS_SERVED names (JSON) says what torchvision's CIFAR-10 and its ResNets' ImageNet weights are there.
+The file that SERVED_DOWNLOADS names (JSON) says what torchvision's CIFAR-10 and its ResNets' ImageNet weights are there.
 """
 
 import json
@@ -19,5 +19,5 @@ def download_from(cifar10, weights, replace=setattr):
         replace(torchvision.models.get_model_weights(name).IMAGENET1K_V1.value, "url", url)
 
 
-if "KDUTILS_SERVED" in os.environ:
-    download_from(**json.loads(Path(os.environ["KDUTILS_SERVED"]).read_text(encoding="utf-8")))
+if "SERVED_DOWNLOADS" in os.environ:
+    download_from(**json.loads(Path(os.environ["SERVED_DOWNLOADS"]).read_text(encoding="utf-8")))
