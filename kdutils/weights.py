@@ -242,7 +242,9 @@ def _package_state(name: str) -> dict[str, Tensor]:
 
 def _imagenet_weights(name: str):
     """torchvision's weights, and the start of their SHA-256, which their file's name ends with."""
-    weights = ensure_torchvision().models.get_model_weights(name).IMAGENET1K_V1
+    weights = getattr(ensure_torchvision().models.get_model_weights(name), "IMAGENET1K_V1", None)
+    if weights is None:
+        raise UserError(f"weights: torchvision has no weights of {name} trained on ImageNet-1k; use another network")
     return weights, weights.url.rsplit("-", 1)[-1].removesuffix(".pth")
 
 

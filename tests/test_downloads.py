@@ -19,7 +19,7 @@ from kdutils import weights
 from kdutils.cache import lock, network_timeout
 from kdutils.data import images
 from kdutils.data.images import load_data
-from kdutils.weights import load_pretrained
+from kdutils.weights import load_pretrained, weights_source
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 TRAIN = [f"data_batch_{number}" for number in range(1, 6)]
@@ -294,3 +294,8 @@ def test_without_a_server(server, load_cifar10, load_resnet18):
     server.close()
     for load in (load_cifar10, load_resnet18):
         assert "cannot be downloaded" in message_of(load) and "refused" in message_of(load)
+
+
+def test_a_network_that_torchvision_has_no_imagenet_weights_of():
+    message = message_of(weights_source, "vit_h_14", "imagenet")
+    assert message.startswith("weights: torchvision has no weights of vit_h_14 ")
