@@ -109,7 +109,7 @@ def cut(
     at = names.index(first or _last_block(parts, name))
     frozen = nn.Sequential(OrderedDict((name, parts[name]) for name in names[:at]))
     trained = nn.Sequential(OrderedDict((name, parts[name]) for name in names[at:]))
-    return frozen.eval().requires_grad_(False), trained.requires_grad_(True)
+    return frozen.eval().requires_grad_(False), depthwise_in_float32(trained).requires_grad_(True)
 
 
 def _body(network: nn.Module, head: str) -> dict[str, nn.Module]:
@@ -171,7 +171,7 @@ class InFloat32(nn.Conv2d):
 def depthwise_in_float32(module: nn.Module) -> nn.Module:
     """Let every depthwise convolution compute in float32 on a CPU, in place; parameters keep their names.
 
-    For a network that is trained with bfloat16 autocast: the rest stays in bfloat16. On a CPU, torch has no fast
+    For a network that is trained with bfloat16 autocast, of which the rest stays in bfloat16: on a CPU, torch has no fast
     backward pass in bfloat16 for depthwise convolutions with a stride, or with filters larger than 3x3.
     """
     for conv in module.modules():
