@@ -3,6 +3,8 @@
 import hashlib
 import http.server
 import io
+import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -16,9 +18,12 @@ from conftest import message_of, random_resnet
 from served.sitecustomize import download_from
 
 from kdutils import weights
+from kdutils.__main__ import main
 from kdutils.cache import lock, network_timeout
 from kdutils.data import images
 from kdutils.data.images import load_data
+from kdutils.results.record import read_provenance, read_results
+from kdutils.settings import ROOT, read_profile
 from kdutils.weights import load_pretrained, weights_source
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -299,3 +304,40 @@ def test_without_a_server(server, load_cifar10, load_resnet18):
 def test_a_network_that_torchvision_has_no_imagenet_weights_of():
     message = message_of(weights_source, "vit_h_14", "imagenet")
     assert message.startswith("weights: torchvision has no weights of vit_h_14 ")
+
+
+TOY = {
+    "train_size": 120, "val_size": 40, "test_size": 40, "max_shift": 0, "shift_step": 1, "seeds": [0], "epochs": 1,
+    "batch_size": 20, "teacher_size": 32, "teacher_seeds": [0], "teacher_batch_size": 20, "device": "cpu",
+    "precision": "float32", "threads": 1,
+    "teachers": [{**one, "epochs": 1} for one in read_profile("cifar10")["teachers"]],
+}  # fmt: skip
+
+
+def test_profile_cifar10_from_its_downloads_to_the_report(server, cifar10, resnet18, monkeypatch, tmp_path):
+    """The batch run downloads; the notebooks, each in a process of its own, find what is there."""
+    server.files[ARCHIVE], facts = cifar10
+    files = {"resnet18": resnet18, "resnet50": weights_file("resnet50")}
+    server.files |= dict(files.values())
+    served = {
+        "cifar10": {"url": server.url(ARCHIVE), **facts},
+        "weights": {network: server.url(name) for network, (name, _) in files.items()},
+    }
+    download_from(**served, replace=monkeypatch.setattr)
+    (tmp_path / "served.json").write_text(json.dumps(served))
+    monkeypatch.setenv("SERVED_DOWNLOADS", str(tmp_path / "served.json"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests" / "served"), str(ROOT)]))
+    parameters = {**TOY, "data_dir": str(tmp_path / "data"), "runs_dir": str(tmp_path / "runs")}
+    words = ["--profile", "cifar10", *(word for pair in parameters.items() for word in ("-p", pair[0], str(pair[1])))]
+    assert main(["run", *words]) == 0
+    assert sorted(set(server.asked)) == sorted(server.files)
+    assert all(server.asked.count(name) == 1 for name, _ in files.values())
+    assert server.asked.count(ARCHIVE) == 2  # torchvision asks first where the address leads
+    folder = tmp_path / "runs" / "cifar10"
+    results, provenance = read_results(folder), read_provenance(folder)
+    assert set(results.task) == {"1", "2", "3", "4"} and provenance["data"]["is_cifar10"]
+    known = {facts["checksum"]: facts["is_standin"] for facts in provenance["weights"].values()}
+    assert known == {name.rpartition("-")[2].removesuffix(".pth"): False for name, _ in files.values()}
+    if shutil.which("latexmk"):
+        assert main(["report", *words, "--out", str(tmp_path)]) == 0
+        assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
