@@ -14,17 +14,18 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from conftest import message_of, random_resnet
+from conftest import message_of
 from served.sitecustomize import download_from
 
 from kdutils import weights
 from kdutils.__main__ import main
 from kdutils.cache import lock, network_timeout
+from kdutils.compat import ensure_torchvision
 from kdutils.data import images
 from kdutils.data.images import load_data
 from kdutils.results.record import read_provenance, read_results
 from kdutils.settings import ROOT, read_profile
-from kdutils.weights import load_pretrained, weights_source
+from kdutils.weights import load_pretrained, seeded, weights_source
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 TRAIN = [f"data_batch_{number}" for number in range(1, 6)]
@@ -110,7 +111,7 @@ def cifar10_archive():
 def weights_file(arch):
     """A state dict with random weights, named as torchvision names its own: with the start of its SHA-256."""
     content = io.BytesIO()
-    torch.save(random_resnet(arch).state_dict(), content)
+    torch.save(seeded(1, ensure_torchvision().models.get_model, arch).state_dict(), content)
     return f"{arch}-{hashlib.sha256(content.getvalue()).hexdigest()[:8]}.pth", content.getvalue()
 
 
