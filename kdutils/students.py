@@ -85,7 +85,7 @@ class Method:
 class StudentRun:
     """One trained student. logits: float32 [N, C] of `train`, `val` and `test`, the images as they are (view 0).
 
-    `arm` is the name of the method, which results.csv calls so; `labels` is how many labelled images it learned from.
+    `arm` is the name of the method, which results.csv calls so.
     """
 
     arm: str
@@ -96,7 +96,6 @@ class StudentRun:
     state: dict[str, Tensor]
     seconds: float
     fingerprint: str
-    labels: int
 
     def network(self) -> SmallCNN:
         """The trained student."""
@@ -248,7 +247,6 @@ def _student_run(method: Method, dataset: Dataset, settings: Settings, seed: int
         state=trained.tensors,
         seconds=trained.seconds,
         fingerprint=trained.fingerprint,
-        labels=int(((dataset.train if train is None else train).labels >= 0).sum()),
     )
 
 

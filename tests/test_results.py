@@ -29,7 +29,7 @@ def students(dataset, *wrong):
     """Students of the seeds 0, 1, ..., each wrong about the test images that are numbered."""
     parts = [dict.fromkeys(("train", "val", "test"), logits_for(dataset.test.labels, of_seed)) for of_seed in wrong]
     state = SmallCNN().state_dict()
-    return [StudentRun("kd", ("resnet18",), seed, {}, logits, state, 0.0, "", 40) for seed, logits in enumerate(parts)]
+    return [StudentRun("kd", ("resnet18",), seed, {}, logits, state, 0.0, "") for seed, logits in enumerate(parts)]
 
 
 def a_teacher(arch, dataset, *wrong):

@@ -84,11 +84,11 @@ def scores(run: Run, dataset: Dataset) -> Scores:
 
 
 def follows(run: StudentRun, teacher: Teacher, dataset: Dataset) -> dict[str, float]:
-    """How a student follows a teacher on the test images: `agreement_<label>`; the same `_teacher_right` and
+    """How a student follows a teacher on the test images: `agreement_<arch>`; the same `_teacher_right` and
     `_teacher_wrong`, on the images that the teacher classifies correctly and on its errors; and the divergence
-    `kl_<label>`, in nats."""
-    pair, name = (run.logits["test"], teacher.run_for(run.seed).logits["test"]), f"agreement_{teacher.label}"
-    found = {name: metrics.agreement(*pair), f"kl_{teacher.label}": metrics.fidelity(*pair)}
+    `kl_<arch>`, in nats."""
+    pair, name = (run.logits["test"], teacher.run_for(run.seed).logits["test"]), f"agreement_{teacher.arch}"
+    found = {name: metrics.agreement(*pair), f"kl_{teacher.arch}": metrics.fidelity(*pair)}
     by_teacher = metrics.agreement_by_teacher(*pair, dataset.test.labels)
     return found | {f"{name}_{part}": share for part, share in by_teacher.items()}
 
@@ -100,36 +100,23 @@ def student_rows(
     task: int | str, runs: Sequence[StudentRun], dataset: Dataset, settings: Settings, teachers: Sequence[Teacher] = ()
 ) -> list[dict]:
     """Rows of results.csv of one method, all seeds: its `scores`, on test images also `accuracy_flip` (see
-    `flip_column`) and how it `follows` each of the teachers. settings: those that it was trained with."""
+    `flip_column`) and how it `follows` each of the teachers."""
+    named = {"task": str(task), "labels": settings.train_size, "epochs": settings.epochs}
     rows = []
     for run, flipped in zip(runs, flip_column(runs, dataset, settings), strict=True):
         on_test = {"accuracy_flip": flipped}
         for teacher in teachers:
             on_test |= follows(run, teacher, dataset)
         found = scores(run, dataset) | {("test", metric): value for metric, value in on_test.items()}
-        named = {"task": str(task), "arm": run.arm, "teachers": "+".join(run.teachers), "labels": run.labels}
-        rows += _rows(named | {"epochs": settings.epochs, "seed": run.seed}, found)
+        rows += _rows(named | {"arm": run.arm, "teachers": "+".join(run.teachers), "seed": run.seed}, found)
     return rows
 
 
 def teacher_rows(task: int, teacher: Teacher, dataset: Dataset, settings: Settings) -> list[dict]:
     """Rows of results.csv of one fine-tuned network, all teacher seeds; the arm is its trained part."""
-    named = {"task": str(task), "arm": teacher.trainable, "labels": settings.train_size}
-    return _teacher_rows(named | {"epochs": teacher.settings.epochs}, teacher.runs, dataset)
-
-
-def ensemble_rows(
-    task: int, runs: Sequence[TeacherRun], teachers: Sequence[Teacher], dataset: Dataset, settings: Settings
-) -> list[dict]:
-    """Rows of results.csv of several teachers as one classifier (`teachers.ensemble`), with the epochs of the longest
-    fine-tuning."""
-    named = {"task": str(task), "arm": "ensemble", "labels": settings.train_size}
-    return _teacher_rows(named | {"epochs": max(teacher.settings.epochs for teacher in teachers)}, runs, dataset)
-
-
-def _teacher_rows(named: Mapping[str, Any], runs: Sequence[TeacherRun], dataset: Dataset) -> list[dict]:
-    by_run = [({**named, "teachers": run.label, "seed": run.seed}, scores(run, dataset)) for run in runs]
-    return [row for of_run, found in by_run for row in _rows(of_run, found)]
+    named = {"task": str(task), "arm": teacher.trainable, "teachers": teacher.arch, "labels": settings.train_size}
+    named["epochs"] = settings.of_teacher(teacher.arch, "epochs")
+    return [row for run in teacher.runs for row in _rows(named | {"seed": run.seed}, scores(run, dataset))]
 
 
 def _rows(named: Mapping[str, Any], found: Scores) -> list[dict]:
@@ -159,11 +146,11 @@ def finish(
     trained = [run for runs in students for run in runs]
     known: dict[str, Any] = {"data": dataset.facts, **(facts or {})}
     if teachers:
-        known["weights"] = {teacher.label: teacher.facts for teacher in teachers}
-    made_of = {"data": dataset.checksum} | {f"{teacher.label} weights": teacher.checksum for teacher in teachers}
+        known["weights"] = {teacher.arch: teacher.facts for teacher in teachers}
+    made_of = {"data": dataset.checksum} | {f"{teacher.arch} weights": teacher.checksum for teacher in teachers}
     made_of |= {_called(run, settings): run.fingerprint for run in trained}
-    timings = [(f"{t.label}: features of every view", t.feature_seconds) for t in teachers if t.feature_seconds]
-    timings += [(f"{t.label}: fine-tuning, seed {run.seed}", run.seconds) for t in teachers for run in t.runs]
+    timings = [(f"{t.arch}: features of every view", t.feature_seconds) for t in teachers if t.feature_seconds]
+    timings += [(f"{t.arch}: fine-tuning, seed {run.seed}", run.seconds) for t in teachers for run in t.runs]
     timings += [(f"student, {_called(run, settings)}", run.seconds) for run in trained]
     return record(settings, notebook, rows, known, timings, made_of)
 

@@ -231,7 +231,7 @@ def following(
     for student, runs in entries.items():
         for label, teacher in teachers.items():
             found = pd.DataFrame([follows(run, teacher, dataset) for run in runs])
-            name, kl = f"agreement_{teacher.label}", f"kl_{teacher.label}"
+            name, kl = f"agreement_{teacher.arch}", f"kl_{teacher.arch}"
             columns = {"Same prediction (%)": name, "Teacher right (%)": f"{name}_teacher_right"}
             columns["Teacher wrong (%)"] = f"{name}_teacher_wrong"
             shares = {
