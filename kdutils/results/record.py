@@ -29,13 +29,13 @@ from kdutils.models import normalise
 from kdutils.results import metrics
 from kdutils.settings import ROOT, Settings, UserError, checked, counted, default_of, read_profile, shown_path
 from kdutils.students import StudentRun
-from kdutils.teachers import Teacher, TeacherRun
+from kdutils.teachers import Teacher, TeacherRun, better_teacher
 from kdutils.training import predict
 
 PARTS = ("train", "val", "test")
 # other people's results have these columns: they stay
 RESULT_COLUMNS = ("task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "papermill", "nbconvert")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "papermill", "nbconvert")
 Scores = dict[tuple[str, str], float]  # by (part of the data, metric)
 Run = StudentRun | TeacherRun
 
@@ -84,11 +84,11 @@ def scores(run: Run, dataset: Dataset) -> Scores:
 
 
 def follows(run: StudentRun, teacher: Teacher, dataset: Dataset) -> dict[str, float]:
-    """How a student follows a teacher on the test images: `agreement_<arch>`; the same `_teacher_right` and
+    """How a student follows a teacher on the test images: `agreement_<label>`; the same `_teacher_right` and
     `_teacher_wrong`, on the images that the teacher classifies correctly and on its errors; and the divergence
-    `kl_<arch>`, in nats."""
-    pair, name = (run.logits["test"], teacher.run_for(run.seed).logits["test"]), f"agreement_{teacher.arch}"
-    found = {name: metrics.agreement(*pair), f"kl_{teacher.arch}": metrics.fidelity(*pair)}
+    `kl_<label>`, in nats."""
+    pair, name = (run.logits["test"], teacher.run_for(run.seed).logits["test"]), f"agreement_{teacher.label}"
+    found = {name: metrics.agreement(*pair), f"kl_{teacher.label}": metrics.fidelity(*pair)}
     by_teacher = metrics.agreement_by_teacher(*pair, dataset.test.labels)
     return found | {f"{name}_{part}": share for part, share in by_teacher.items()}
 
@@ -97,11 +97,19 @@ def follows(run: StudentRun, teacher: Teacher, dataset: Dataset) -> dict[str, fl
 
 
 def student_rows(
-    task: int | str, runs: Sequence[StudentRun], dataset: Dataset, settings: Settings, teachers: Sequence[Teacher] = ()
+    task: int | str,
+    runs: Sequence[StudentRun],
+    dataset: Dataset,
+    settings: Settings,
+    teachers: Sequence[Teacher] = (),
+    labels: int | None = None,
 ) -> list[dict]:
     """Rows of results.csv of one method, all seeds: its `scores`, on test images also `accuracy_flip` (see
-    `flip_column`) and how it `follows` each of the teachers."""
-    named = {"task": str(task), "labels": settings.train_size, "epochs": settings.epochs}
+    `flip_column`) and how it `follows` each of the teachers.
+
+    settings: those it was trained with; labels: how many it was given, if not those of the training part.
+    """
+    named = {"task": str(task), "labels": labels or settings.train_size, "epochs": settings.epochs}
     rows = []
     for run, flipped in zip(runs, flip_column(runs, dataset, settings), strict=True):
         on_test = {"accuracy_flip": flipped}
@@ -114,9 +122,17 @@ def student_rows(
 
 def teacher_rows(task: int, teacher: Teacher, dataset: Dataset, settings: Settings) -> list[dict]:
     """Rows of results.csv of one fine-tuned network, all teacher seeds; the arm is its trained part."""
-    named = {"task": str(task), "arm": teacher.trainable, "teachers": teacher.arch, "labels": settings.train_size}
-    named["epochs"] = settings.of_teacher(teacher.arch, "epochs")
+    named = {"task": str(task), "arm": teacher.trainable, "teachers": teacher.label, "labels": settings.train_size}
+    named["epochs"] = teacher.settings.epochs
     return [row for run in teacher.runs for row in _rows(named | {"seed": run.seed}, scores(run, dataset))]
+
+
+def ensemble_rows(task: int, runs: Sequence[TeacherRun], dataset: Dataset, settings: Settings) -> list[dict]:
+    """Rows of results.csv of several teachers as one classifier (`teachers.ensemble`), which nothing is trained for."""
+    named = {"task": str(task), "arm": "ensemble", "labels": settings.train_size, "epochs": 0}
+    return [
+        row for run in runs for row in _rows(named | {"teachers": run.label, "seed": run.seed}, scores(run, dataset))
+    ]
 
 
 def _rows(named: Mapping[str, Any], found: Scores) -> list[dict]:
@@ -141,16 +157,20 @@ def finish(
 ) -> Path:
     """Record a notebook's rows, the facts about data and weights, and the times. Returns the path of results.csv.
 
+    With both of the settings' teachers, `better_teacher` is that with the higher accuracy on validation images.
     facts: more entries of provenance.json, such as the constants of the losses used.
     """
     trained = [run for runs in students for run in runs]
     known: dict[str, Any] = {"data": dataset.facts, **(facts or {})}
     if teachers:
-        known["weights"] = {teacher.arch: teacher.facts for teacher in teachers}
-    made_of = {"data": dataset.checksum} | {f"{teacher.arch} weights": teacher.checksum for teacher in teachers}
+        known["weights"] = {teacher.label: teacher.facts for teacher in teachers}
+    two = [teacher for teacher in teachers if teacher.settings in settings.teachers]
+    if len(two) > 1:
+        known["better_teacher"] = better_teacher(two).label
+    made_of = {"data": dataset.checksum} | {f"{teacher.label} weights": teacher.checksum for teacher in teachers}
     made_of |= {_called(run, settings): run.fingerprint for run in trained}
-    timings = [(f"{t.arch}: features of every view", t.feature_seconds) for t in teachers if t.feature_seconds]
-    timings += [(f"{t.arch}: fine-tuning, seed {run.seed}", run.seconds) for t in teachers for run in t.runs]
+    timings = [(f"{t.label}: features of every view", t.feature_seconds) for t in teachers if t.feature_seconds]
+    timings += [(f"{t.label}: fine-tuning, seed {run.seed}", run.seconds) for t in teachers for run in t.runs]
     timings += [(f"student, {_called(run, settings)}", run.seconds) for run in trained]
     return record(settings, notebook, rows, known, timings, made_of)
 
@@ -191,8 +211,8 @@ def record(
         seconds = {stage: f"{took:.3f}" for entry in found for stage, took in entry["timings"]}
         write_text(folder / "timings.csv", _as_csv(("stage", "seconds"), seconds.items()))
         known = provenance(settings)
-        for entry in found:
-            known |= entry["facts"]
+        for name, fact in (item for entry in found for item in entry["facts"].items()):
+            known[name] = known.get(name, {}) | fact if isinstance(fact, dict) else fact
         known["results"] = results_checksum(results)
         write_text(folder / "provenance.json", json.dumps(known, indent=1) + "\n")
     return folder / "results.csv"
