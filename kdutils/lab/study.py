@@ -168,7 +168,7 @@ def entries_of(settings: Settings) -> dict[str, Callable[[Study], Entry]]:
     """What makes the entries of the settings' groups, by name, in the order of `GROUPS`."""
     backbones = {f"kd {teacher.label}": partial(_backbone, label=teacher.label) for teacher in settings.backbones}
     groups = GROUPS | {"backbones": backbones}
-    return {name: make for group, entries in groups.items() if group in settings.study for name, make in entries.items()}
+    return {name: make for group in groups if group in settings.study for name, make in groups[group].items()}
 
 
 def loss_constants(settings: Settings) -> dict[str, dict[str, float]]:
