@@ -105,11 +105,11 @@ def _class_mean(study: Study) -> Entry:
 
 
 def _tuned(study: Study, which: str = "teacher") -> Entry:
-    """With the temperature and weight that did best with this teacher."""
+    """With the temperature and weight of `TUNED`."""
     teacher: Teacher = getattr(study, which)
-    loss = LOSSES["kd"](dataclasses.replace(study.settings, **TUNED.get(teacher.label, {})))
-    words = f"Distilled from {teacher_words(teacher.label)}, tuned for it"
-    return Entry("3", words, Method("kd_tuned", loss, (teacher,)), study.settings)
+    settings = dataclasses.replace(study.settings, **TUNED.get(teacher.label, {}))
+    words = f"Distilled from {teacher_words(teacher.label)}, T = {settings.temperature:g}, alpha = {settings.alpha:g}"
+    return Entry("3", words, Method("kd_tuned", LOSSES["kd"](settings), (teacher,)), study.settings)
 
 
 def _other_loss(study: Study, name: str, words: str) -> Entry:
