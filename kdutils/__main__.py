@@ -279,16 +279,16 @@ def export(options: argparse.Namespace) -> None:
     *PROFILE,
     option("file", nargs="?", metavar="FILE", help="what to try: a .yaml file, as in report/sweeps"),
     option("--grid", action="append", default=[], metavar="NAME=V1,V2,...",
-           help="in place of FILE; repeat it to try all combinations. Besides settings: teachers (resnet18, resnet50, "
-                "resnet50+resnet18), rule (how two are combined), seeds"),
-    option("--what", help="with --grid: kd (the default), scratch, resnet18 or resnet50"),
+           help="in place of FILE; repeat it to try all combinations. Besides settings: teachers (Lite0, or "
+                "Lite2+Lite0), rule (how two are combined), seeds"),
+    option("--what", help="with --grid: kd (the default), scratch, or teacher"),
     option("--out", metavar="FOLDER", help="where to write (default: beside FILE, or the run's sweeps)"),
     *WORKERS,
 )  # fmt: skip
 def sweep(options: argparse.Namespace) -> None:
     """Try out settings on validation images
 
-    python -m kdutils sweep report/sweeps/cifar10-standin/resnet18-size.yaml --profile cifar10-standin
+    python -m kdutils sweep report/sweeps/cifar10-lite/lite0-size.yaml --profile cifar10-lite
     python -m kdutils sweep --profile demo --grid temperature=1,4 --grid alpha=0.5,0.9 --workers 2
     """
     if bool(options.file) == bool(options.grid):
@@ -347,55 +347,6 @@ def bench(options: argparse.Namespace) -> None:
     found = lab.run(settings, quick=options.quick)
     if options.page:
         print(f"page: {shown_path(performance.write_page(found, performance.PAGE))}")
-
-
-@command(
-    option("images", metavar="PATH", help="images in PATH/train/<class>/* and PATH/val/<class>/*"),
-    option("--arch", choices=parameters.ARCHITECTURES, required=True),
-    option("--epochs", required=True),
-    option("--size", dest="teacher_size", metavar="PIXELS", default=64, help="that the network sees (default: 64)"),
-    option("--batch-size", help="images a step (default: 128, on CUDA 1024)"),
-    option("--learning-rate", help="at its peak (default: by batch size, lower with --init)"),
-    option("--schedule", default="one_cycle", help="one_cycle (the default), cosine or constant"),
-    option("--init", metavar="FILE", help="begin with these weights"),
-    option("--out", metavar="FOLDER", default="weights", help="where to write (default: weights)"),
-    option("--name", default="", help="what the report calls the images (default: the folder's name)"),
-    option("--seed", dest="split_seed", metavar="SEED", default=0),
-    option("--device", default="auto"),
-    option("--precision", default="auto", help="float32 or bfloat16 (default: what is faster here)"),
-    option("--threads", help="CPU threads (default: all cores)"),
-)
-def pretrain(options: argparse.Namespace) -> None:
-    """Pre-train a ResNet on an image folder, where ImageNet's weights cannot be had
-
-    python -m kdutils pretrain data/tiny-imagenet-40 --arch resnet18 --epochs 20     makes weights/resnet18.safetensors
-    python -m kdutils pretrain data/tiny-imagenet-40 --arch resnet18 --epochs 10 --init weights/resnet18.safetensors \\
-        --out weights/more
-    """
-    device = parameters.pick_device(checked("device", options.device))
-    options.batch_size = options.batch_size or (1024 if device == "cuda" else 128)  # a GPU is idle on small batches
-    spelt = {name: f"--{name}".replace("_", "-") for name in ("epochs", "batch_size", "schedule", "precision")}
-    spelt |= {"threads": "--threads", "teacher_size": "--size", "split_seed": "--seed"}
-    given = {name: checked(name, getattr(options, name), words) for name, words in spelt.items()}
-    rate = options.learning_rate and checked("learning_rate", options.learning_rate)
-    import torch
-
-    from kdutils import models, pretraining
-
-    if given["threads"]:
-        torch.set_num_threads(given["threads"])
-    recipe = pretraining.default_recipe(
-        given["epochs"], given["batch_size"], rate, given["schedule"], bool(options.init)
-    )
-    precision = parameters.pick_precision(given["precision"], device)
-    how = pretraining.Pretraining(options.arch, given["teacher_size"], recipe, given["split_seed"], precision, device)
-    print(f"{how.arch} at {how.size} px on {device} in {precision}; {recipe}", flush=True)
-    images, out = project_path(options.images), project_path(options.out)
-    init = project_path(options.init) if options.init else None
-    path = pretraining.pretrain_on_folder(images, how, out, init=init, name=options.name)
-    header = models.read_header(path)
-    accuracy = models.pretraining_facts(header)["val_accuracy"]
-    print(f"{shown_path(path)}: {header['description']}; {accuracy:.1%} of the validation images right")
 
 
 @command(

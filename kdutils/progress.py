@@ -12,10 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kdutils.settings import ARCHITECTURES, Settings
+from kdutils.settings import Settings
 
 # how many methods each notebook trains students with that none before it has
-STUDENTS = {"01_small_cnn": 1, "02_fine_tuned_resnets": 0, "03_one_teacher": 2, "04_two_teachers": 3}
+STUDENTS = {"01_small_cnn": 1, "02_two_big_cnns": 0, "03_one_teacher": 2, "04_two_teachers": 3}
 _LINE = re.compile(r"(?P<stage>.+?): (epoch (?P<epoch>\d+)/\d+, (?P<whole>loss )?|\d+/\d+, ).*s left")
 
 
@@ -28,6 +28,7 @@ class Batch:
 
     def __init__(self, notebooks: Sequence[str], settings: Settings, width: int):
         self.width, self.stage = width, ""
+        self.teachers = tuple(teacher.label for teacher in (*settings.teachers, *settings.backbones))
         epochs = len(settings.seeds) * settings.epochs
         # epochs of students by notebook, less those seen; None: unknown
         self.due = {name: STUDENTS[name] * epochs if name in STUDENTS else None for name in notebooks}
@@ -64,12 +65,12 @@ class Batch:
         if not self.seconds or not counts:
             return ""
         minutes = math.ceil(max(0, sum(counts)) * statistics.fmean(self.seconds) / 60)
-        others = " + teachers" if "02_fine_tuned_resnets" in self.due else ""
+        others = " + teachers" if "02_two_big_cnns" in self.due else ""
         others += " + study" if None in self.due.values() else ""
         return f"[all: {minutes} min{others}] "
 
     def _learn(self, stage: str, epoch: int, now: float) -> None:
-        if stage.startswith(ARCHITECTURES):
+        if stage.startswith(self.teachers):
             return
         current = next(iter(self.due))
         due = self.due[current]

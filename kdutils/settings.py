@@ -19,8 +19,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "notebooks" / "profiles"
-# The teachers: torchvision ResNets, each with settings of its own. CONTRIBUTING.md says what another one needs.
-ARCHITECTURES = ("resnet50", "resnet18")
 MACHINE = ("profile", "data_dir", "runs_dir", "device", "threads")  # where and how to compute, not what
 
 
@@ -71,6 +69,23 @@ _DATA = Rule(
     ),
 )
 
+_LABEL = Rule(
+    "a text without '+' and ','",
+    lambda value: isinstance(value, str) and value.strip() != "" and not {*value} & {*"+,\n"},
+)
+
+
+def _are_teachers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(entry, (TeacherSettings, str)) or isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        for entry in value
+    )
+
+
+_RECORDS = "each a name or a record, such as [resnet50, {name: resnet18, trainable: last_block, epochs: 10}]"
+_TEACHERS = Rule(f"a list of CNNs, {_RECORDS}, or [] for none", _are_teachers)
+_TWO_TEACHERS = Rule(f"a list of two CNNs, {_RECORDS}", lambda value: _are_teachers(value) and len(value) == 2)
+
 Text = Annotated[str, _TEXT]
 Count = Annotated[int, _whole(1)]
 BatchSize = Annotated[int, _whole(2)]
@@ -83,8 +98,40 @@ Seeds = Annotated[list[int], _different(_SEED, 1, "a list of one or more differe
 Names = Annotated[Sequence[str], _different(_TEXT, 0, "a list of different names, or [] for none")]
 Optimizer = Annotated[str, _one_of("adam", "adamw", "sgd")]
 Schedule = Annotated[str, _one_of("constant", "cosine", "one_cycle")]
+Resizing = Annotated[str, _one_of("bilinear", "bicubic", "nearest")]
+ImageSize = Annotated[int, _whole(32, 512)]
 TrainedPart = Annotated[str, _one_of("last_layer", "last_block")]
 YesOrNo = Annotated[bool, Rule("true or false", lambda value: isinstance(value, bool))]
+Label = Annotated[str, _LABEL]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """One teacher: a pretrained CNN, and how it is fine-tuned.
+
+    name: a classifier of torchvision or timm; label: what tables and results.csv call the teacher.
+    """
+
+    name: Text
+    label: Label
+    weights: Text
+    trainable: TrainedPart
+    size: ImageSize
+    resize: Resizing
+    views: Count
+    epochs: Count
+    batch_size: BatchSize
+    optimizer: Optimizer
+    schedule: Schedule
+    learning_rate: Positive
+    weight_decay: NotNegative
+    label_smoothing: Smoothing
+    last_layer_factor: Positive
+    standardize: YesOrNo
+    folds: Count
+
+
+Teachers = Annotated[Sequence[TeacherSettings], _TEACHERS]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,31 +166,25 @@ class Settings:
     temperature: Positive
     alpha: Fraction
     kd_label_smoothing: Smoothing
-    # Teachers
-    weights: Text
-    teacher_size: Annotated[int, _whole(32, 512)]
-    teacher_resize: Annotated[str, _one_of("bilinear", "bicubic", "nearest")] = "bilinear"
+    # Teachers; each record may say for itself what the settings `teacher_*` and `weights` say for all
+    teachers: Annotated[Sequence[TeacherSettings], _TWO_TEACHERS]
+    backbones: Teachers = ()  # more of them, for the study's group of this name
     teacher_seeds: Seeds
+    weights: Text = "imagenet"
+    teacher_trainable: TrainedPart = "last_layer"
+    teacher_size: ImageSize
+    teacher_resize: Resizing = "bilinear"
     teacher_views: Count
+    teacher_epochs: Count
     teacher_batch_size: BatchSize
     teacher_optimizer: Optimizer
     teacher_schedule: Schedule
+    teacher_learning_rate: Positive
+    teacher_weight_decay: NotNegative
     teacher_label_smoothing: Smoothing
-    resnet50_trainable: TrainedPart
-    resnet50_epochs: Count
-    resnet50_learning_rate: Positive
-    resnet50_weight_decay: NotNegative
-    resnet50_last_layer_factor: Positive = 1.0  # the last layer's learning rate as a multiple of the block's
-    resnet50_standardize: YesOrNo = False  # standardise the features that the last layer gets
-    resnet18_trainable: TrainedPart
-    resnet18_epochs: Count
-    resnet18_learning_rate: Positive
-    resnet18_weight_decay: NotNegative
-    resnet18_last_layer_factor: Positive = 1.0  # as above
-    resnet18_standardize: YesOrNo = False
-    # Pre-training on the spot, for weights = generated
-    generated_images: Annotated[int, _whole(100)] = 4000
-    generated_epochs: Count = 3
+    teacher_last_layer_factor: Positive = 1.0  # the last layer's learning rate as a multiple of the block's
+    teacher_standardize: YesOrNo = False  # standardise the features that the last layer gets
+    teacher_folds: Count = 1  # 2 or more: cross-fitting, so that no image is labelled by a network that trained on it
     # A teacher is fitted on fewer than teacher_views views if their features take more than this
     feature_memory_gb: Positive = 4.0
     # Groups of the study, trained by notebooks/beyond/study.ipynb; none: only the four tasks
@@ -170,17 +211,21 @@ class Settings:
         """These settings with the epochs and the views of the methods with unlabelled images, and of their controls."""
         return _ForUnlabelled(**vars(self) | {"epochs": self.unlabelled_epochs})
 
-    def of_teacher(self, arch: str, name: str) -> Any:
-        """A teacher's own setting, for example `of_teacher("resnet50", "epochs")`."""
-        return getattr(self, f"{arch}_{name}")
-
     def identity(self) -> dict[str, Any]:
         """The settings that results depend on: all but `MACHINE`."""
-        return {name: getattr(self, name) for name in _FIELDS if name not in MACHINE} | {"study": list(self.study)}
+        values = dataclasses.asdict(self) | {"study": list(self.study)}
+        return {name: value for name, value in values.items() if name not in MACHINE}
 
     def digest(self) -> str:
         """A short checksum of `identity`."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def teacher(self, label: str) -> TeacherSettings:
+        """The teacher of this label, of `teachers` or `backbones`. Raises `UserError` where there is none."""
+        known = {teacher.label: teacher for teacher in (*self.teachers, *self.backbones)}
+        if label not in known:
+            raise UserError(f"teacher: {label!r} is not among the settings' teachers; use one of {', '.join(known)}")
+        return known[label]
 
 
 class _ForUnlabelled(Settings):
@@ -194,10 +239,8 @@ class _ForUnlabelled(Settings):
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
-_TYPES = typing.get_type_hints(Settings)
-_RULES: dict[str, Rule] = {
-    name: kind.__metadata__[0] for name, kind in typing.get_type_hints(Settings, include_extras=True).items()
-}
+_KINDS = typing.get_type_hints(Settings, include_extras=True)
+_KINDS_OF_A_TEACHER = typing.get_type_hints(TeacherSettings, include_extras=True)
 
 
 def load_settings(profile: str, **overrides: Any) -> Settings:
@@ -216,7 +259,10 @@ def load_settings(profile: str, **overrides: Any) -> Settings:
     if missing:
         name = missing[0]
         raise UserError(f"profile '{profile}': '{name}' is missing; add a line '{name}: ...' (see cifar10.yaml)")
-    settings = Settings(**{name: checked(name, value) for name, value in values.items()})
+    values = {name: checked(name, value) for name, value in values.items()}
+    for name in ("teachers", "backbones"):
+        values[name] = [_complete(name, entry, values) for entry in values.get(name, ())]
+    settings = Settings(**values)
     _check_together(settings)
     device = pick_device(settings.device)
     return dataclasses.replace(settings, device=device, precision=pick_precision(settings.precision, device))
@@ -280,9 +326,38 @@ def check_names(names: Iterable[Any], where: str = "parameter") -> None:
     """Raise `UserError` for a name that is no setting, suggesting the nearest one."""
     for name in names:
         if name not in _FIELDS:
-            near = difflib.get_close_matches(str(name), _FIELDS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"the settings are: {', '.join(_FIELDS)}"
-            raise UserError(f"{where}: there is no setting {str(name)!r:.80}; {hint}")
+            raise UserError(f"{where}: there is no setting {str(name)!r:.80}; {_hint(str(name))}")
+
+
+def _hint(name: str) -> str:
+    arch, _, key = name.partition("_")
+    if key in _KINDS_OF_A_TEACHER and arch.startswith("resnet"):  # a setting of version 0.2
+        return f"write it into the teacher's record: teachers: [{{name: {arch}, {key}: ...}}, ...]"
+    near = difflib.get_close_matches(name, _FIELDS, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"the settings are: {', '.join(_FIELDS)}"
+
+
+def _complete(setting: str, entry: Any, values: Mapping[str, Any]) -> TeacherSettings:
+    """A teacher's settings: what its record leaves out comes from `teacher_*` and `weights`."""
+    if isinstance(entry, TeacherSettings):
+        return entry
+    record = {"name": entry} if isinstance(entry, str) else entry
+    where = f"{setting}: {_short(record.get('label', record['name']))}"
+    for key in record:
+        if key not in _KINDS_OF_A_TEACHER:
+            near = difflib.get_close_matches(str(key), _KINDS_OF_A_TEACHER, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"a record has: {', '.join(_KINDS_OF_A_TEACHER)}"
+            raise UserError(f"{where}: there is no setting {str(key)!r:.80} of a teacher; {hint}")
+    complete = {"name": record["name"], "label": record["name"]}
+    complete["weights"] = values.get("weights", default_of("weights"))
+    for key in _KINDS_OF_A_TEACHER.keys() - complete.keys():
+        name = f"teacher_{key}"
+        complete[key] = values[name] if name in values else default_of(name)
+    given = {key: value for key, value in record.items() if value is not None}
+    for key, value in (complete | given).items():
+        complete[key] = _valid(_KINDS_OF_A_TEACHER[key], value, f"{where}: {key}")
+    complete["weights"] = _normal_weights(complete["weights"])
+    return TeacherSettings(**complete)
 
 
 def checked(name: str, value: Any, spelt: str | None = None) -> Any:
@@ -290,10 +365,22 @@ def checked(name: str, value: Any, spelt: str | None = None) -> Any:
 
     Raises `UserError` for a value that is not valid; its message calls the setting `spelt`, if given.
     """
-    kind, rule, found = _TYPES[name], _RULES[name], value
+    found = _valid(_KINDS[name], value, spelt or name)
+    if name == "weights":
+        return _normal_weights(found)
+    if name == "data" and found.startswith("folder:"):
+        return "folder:" + _normal_path(found.removeprefix("folder:"))
+    return found
+
+
+def _valid(kind: Any, value: Any, spelt: str) -> Any:
+    rule, kind, found = kind.__metadata__[0], typing.get_args(kind)[0], value
     # papermill's -p delivers lists, and YAML delivers 1e-3, as text
-    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
-        if isinstance(value, str) and kind not in (str, str | None):
+    unreadable = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError, yaml.YAMLError)
+    with contextlib.suppress(*unreadable):
+        if isinstance(value, str) and rule in (_TEACHERS, _TWO_TEACHERS):
+            found = yaml.load(value, Loader=_UniqueKeyLoader)
+        elif isinstance(value, str) and kind not in (str, str | None):
             found = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
         if kind is float and _is_int(found):
             found = float(found)
@@ -301,12 +388,12 @@ def checked(name: str, value: Any, spelt: str | None = None) -> Any:
         found = list(found)
     may_be_none = isinstance(None, typing.get_args(kind))
     if not (rule.accepts(found) or found is None and may_be_none):
-        raise UserError(f"{spelt or name}: {_short(value)} is not valid; use {rule.text}")
-    if name == "weights" and found not in ("imagenet", "generated", "none"):
-        return _normal_path(found)
-    if name == "data" and found.startswith("folder:"):
-        return "folder:" + _normal_path(found.removeprefix("folder:"))
+        raise UserError(f"{spelt}: {_short(value)} is not valid; use {rule.text}")
     return found
+
+
+def _normal_weights(weights: str) -> str:
+    return weights if weights in ("imagenet", "none") else _normal_path(weights)
 
 
 _REPR = reprlib.Repr()  # a few kilobytes of YAML can stand for more text than there is memory
@@ -327,33 +414,21 @@ def _check_together(settings: Settings) -> None:
             f"shift_step: {settings.shift_step} does not divide max_shift = {settings.max_shift}; "
             "choose a step that does, so that the unshifted image is one of the views"
         )
-    for name in ("batch_size", "teacher_batch_size"):
-        if (size := getattr(settings, name)) > settings.train_size:
+    teachers = (*settings.teachers, *settings.backbones)
+    sizes = {"batch_size": settings.batch_size, "teacher_batch_size": settings.teacher_batch_size}
+    sizes |= {f"teachers: {teacher.label}: batch_size": teacher.batch_size for teacher in teachers}
+    for name, size in sizes.items():
+        if size > settings.train_size:
             raise UserError(f"{name}: {size} is more than train_size = {settings.train_size}; choose a smaller one")
+    labels = [teacher.label for teacher in teachers]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"teachers: two of them are called {twice[0]!r}; give each a label of its own in its record")
 
 
 def default_of(name: str) -> Any:
     """The value of a setting that a profile leaves out (`dataclasses.MISSING` if it must not)."""
     default = _FIELDS[name].default
     return list(default) if isinstance(default, tuple) else default
-
-
-def logits_file(weights: str, arch: str) -> Path | None:
-    """The file with a fine-tuned teacher's logits that a `weights` folder may hold in place of weights."""
-    path = project_path(weights) / f"{arch}-logits.safetensors"
-    return path if weights not in ("imagenet", "generated", "none") and path.is_file() else None
-
-
-def weights_file(folder: Path, arch: str) -> Path:
-    """The file with `arch`'s pre-trained weights in `folder`. Raises `UserError` when there is none."""
-    for suffix in (".safetensors", ".pth", ".pt"):
-        if (path := folder / f"{arch}{suffix}").is_file():
-            return path
-    lacks = f"holds no {arch}.safetensors and no {arch}.pth" if folder.is_dir() else "is not a folder"
-    raise UserError(
-        f"weights: {shown_path(folder)} {lacks}; use 'imagenet', 'generated', 'none', or a folder with the state dicts "
-        "of torchvision's resnet50 and resnet18 as resnet50.safetensors and resnet18.safetensors (or .pth)"
-    )
 
 
 def project_path(path: str | Path) -> Path:

@@ -30,11 +30,12 @@ from kdutils.losses import (
     dkd_distillation_loss,
     standardised_distillation_loss,
 )
-from kdutils.models import SmallCNN, normalise, seeded
+from kdutils.models import SmallCNN, normalise
 from kdutils.progress import TrainingProgress
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher, soft_labels
 from kdutils.training import Recipe, channels_last, fit, predict
+from kdutils.weights import file_stem, seeded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Method:
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
-        return tuple(teacher.arch for teacher in self.teachers)
+        return tuple(teacher.label for teacher in self.teachers)
 
     @property
     def words(self) -> str:
@@ -221,7 +222,7 @@ def _target(method: Method, images: Tensor, labels: Tensor, table: Tensor, seed:
     for teacher in method.teachers:
         if not torch.equal(teacher.table[: len(table)], table):
             raise UserError(
-                f"method {method.name}: {teacher.arch} and the student number different views; use the same max_shift "
+                f"method {method.name}: {teacher.label} and the student number different views; use the same max_shift "
                 "and shift_step for both"
             )
         logits.append(soft_labels(teacher, images, len(table))[teacher.run_number(seed)].float())
@@ -255,7 +256,7 @@ def _student_run(method: Method, dataset: Dataset, settings: Settings, seed: int
 
 
 def _file_name(method: Method, seed: int) -> str:
-    return "-".join([method.name, *method.teacher_names, f"seed{seed}"])
+    return "-".join([method.name, *map(file_stem, method.teacher_names), f"seed{seed}"])
 
 
 def student_network(state: dict[str, Tensor]) -> SmallCNN:

@@ -3,13 +3,14 @@
 The features of the frozen part are computed once and kept; the trained part is fitted on them, once per teacher seed.
 What comes out is one function, `teacher.logits(images, view)`, whose results are kept per thousand images.
 
-To add a teacher: its name in `settings.ARCHITECTURES`, its settings there and in every profile, its name in words in
-`results.tables.WORDS`, a call of `fine_tune`; another family than ResNets also needs its layers in `models.cut`.
+The settings name the networks (`teachers`); README.md, "Your own two teachers", says how.
 """
 
 import copy
 import dataclasses
+import itertools
 import shutil
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,24 +27,21 @@ from kdutils.cache import (
     cached,
     fingerprint,
     lower_if_out_of_memory,
-    read_cached,
     resumable,
     tensor_checksum,
-    write_cached,
 )
-from kdutils.compat import ensure_torchvision
-from kdutils.data import shapes
-from kdutils.data.images import Dataset, Split
+from kdutils.data.images import Dataset
 from kdutils.data.views import make_views, view_pixels, view_table
 from kdutils.losses import cross_entropy
-from kdutils.models import Source, backbone_source, cut, fold_batch_norms, load_backbone, normalise, with_state
-from kdutils.pretraining import Pretraining, pretrain
+from kdutils.models import cut, fold_batch_norms
 from kdutils.progress import TrainingProgress, progress_lines
-from kdutils.settings import ARCHITECTURES, Settings, UserError, logits_file, project_path, shown_path, weights_file
+from kdutils.settings import Settings, TeacherSettings, UserError, shown_path
 from kdutils.training import Recipe, autocast, channels_last, fit, predict
+from kdutils.weights import Source, build, file_stem, load_pretrained, weights_source
 
 BLOCK = 1000  # images per file of kept features or logits
 BATCH = 250  # images per forward pass
+CPU_BATCH = 25  # of the frozen part, whose activations then stay in a CPU's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ class TeacherRun:
     `fingerprint` names all that its logits depend on.
     """
 
-    arch: str
+    label: str
     trainable: str
     seed: int
     history: History
@@ -70,7 +68,7 @@ class Teacher:
     [N, 3, 32, 32] in one view, a row of `table`, the `data.views.view_table` of its settings.
     """
 
-    arch: str
+    settings: TeacherSettings
     trainable: str
     runs: list[TeacherRun]
     logits: Callable[..., Tensor]
@@ -82,7 +80,11 @@ class Teacher:
     parameters_trained: int
     views_trained: int
     feature_seconds: float
-    pretraining: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What tables and results.csv call it."""
+        return self.settings.label
 
     def run_number(self, student_seed: int) -> int:
         """Which run teaches the student of this seed: `student_seed` modulo the number of runs."""
@@ -96,40 +98,37 @@ class Teacher:
     def facts(self) -> dict:
         """What the report and the provenance say about this teacher."""
         names = ("description", "is_standin", "checksum", "trainable", "parameters_total", "parameters_trained")
-        return {name: getattr(self, name) for name in (*names, "views_trained", "pretraining")}
+        facts = {name: getattr(self, name) for name in (*names, "views_trained")}
+        return facts | {"settings": dataclasses.asdict(self.settings)}
 
 
-def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
-    """Fine-tune the last layer of a CNN, or its last block and last layer, as the settings say; once per teacher seed.
+def fine_tune(teacher: TeacherSettings | str, dataset: Dataset, settings: Settings) -> Teacher:
+    """Fine-tune the last layer of a CNN, or its last block and last layer, as its settings say; once per teacher seed.
 
-    arch: a name in `settings.ARCHITECTURES`.
+    teacher: one of the settings' `teachers` or `backbones`, or its label.
 
     What was made under the same settings is loaded. With weights = `none` there is nothing worth freezing, and
-    the whole network is trained. Where the `weights` folder holds a fine-tuned teacher's logits in place of weights,
-    these are used, and nothing is trained.
+    the whole network is trained.
     """
-    kept = logits_file(settings.weights, arch)
-    if kept is not None:
-        return _from_file(kept, arch, dataset, settings)
-    work = FineTuning(arch, dataset, settings)
-    check_space(dataset, settings, [arch])
-    trained = {seed: work.trained(seed) for seed in settings.teacher_seeds}
+    work = FineTuning(teacher, dataset, settings)
+    check_space(dataset, settings, [work.teacher])
+    trained = {seed: [work.trained(seed, fold) for fold in work.folds] for seed in settings.teacher_seeds}
     logits = {part: work.logits(getattr(dataset, part).images).float() for part in ("train", "val", "test")}
     runs = [
         TeacherRun(
-            arch=arch,
+            label=work.label,
             trainable=work.trainable,
             seed=seed,
-            history=made.facts["history"],
+            history=_mean_history([made.facts["history"] for made in folds]),
             logits={part: of_runs[number] for part, of_runs in logits.items()},
-            seconds=made.seconds,
-            fingerprint=made.fingerprint,
+            seconds=sum(made.seconds for made in folds),
+            fingerprint=fingerprint({"folds": [made.fingerprint for made in folds]}),
         )
-        for number, (seed, made) in enumerate(trained.items())
+        for number, (seed, folds) in enumerate(trained.items())
     ]
     frozen, fitted = work.parameter_counts
     return Teacher(
-        arch=arch,
+        settings=work.teacher,
         trainable=work.trainable,
         runs=runs,
         logits=work.logits,
@@ -137,26 +136,35 @@ def fine_tune(arch: str, dataset: Dataset, settings: Settings) -> Teacher:
         parameters_total=frozen + fitted,
         parameters_trained=fitted,
         views_trained=work.trained_views,
-        feature_seconds=max(made.facts.get("feature_seconds", 0.0) for made in trained.values()),
+        feature_seconds=max(made.facts.get("feature_seconds", 0.0) for folds in trained.values() for made in folds),
         **work.source._asdict(),
     )
 
 
-def teacher_recipe(arch: str, settings: Settings) -> Recipe:
-    """The training recipe of this teacher in the settings."""
-    return Recipe(
-        epochs=settings.of_teacher(arch, "epochs"),
-        batch_size=settings.teacher_batch_size,
-        optimizer=settings.teacher_optimizer,
-        schedule=settings.teacher_schedule,
-        learning_rate=settings.of_teacher(arch, "learning_rate"),
-        weight_decay=settings.of_teacher(arch, "weight_decay"),
-    )
+def _mean_history(histories: Sequence[History]) -> History:
+    return {
+        name: [statistics.fmean(values) for values in zip(*(history[name] for history in histories))]
+        for name in histories[0]
+    }
+
+
+def teacher_recipe(teacher: TeacherSettings) -> Recipe:
+    """The training recipe in a teacher's settings."""
+    return Recipe(**{field.name: getattr(teacher, field.name) for field in dataclasses.fields(Recipe)})
+
+
+def better_teacher(teachers: Sequence[Teacher]) -> Teacher:
+    """The teacher with the highest validation accuracy after the last epoch, mean over its runs."""
+
+    def accuracy(teacher: Teacher) -> float:
+        return sum(run.history["val_accuracy"][-1] for run in teacher.runs) / len(teacher.runs)
+
+    return max(teachers, key=accuracy)
 
 
 def soft_labels(teacher: Teacher, images: Tensor, num_views: int) -> Tensor:
     """Logits float16 [S, N, V, C] of every run of the teacher, for images uint8 [N, 3, 32, 32] in all views."""
-    views = progress_lines(range(num_views), f"{teacher.arch}: soft labels of every view")
+    views = progress_lines(range(num_views), f"{teacher.label}: soft labels of every view")
     return torch.stack([teacher.logits(images, view) for view in views], dim=2)
 
 
@@ -169,7 +177,7 @@ def ensemble(teachers: Sequence[Teacher], combine: Callable[[list[Tensor]], Tens
     return [
         dataclasses.replace(
             runs[0],
-            arch="+".join(run.arch for run in runs),
+            label="+".join(run.label for run in runs),
             seconds=0.0,
             logits={part: combine([run.logits[part] for run in runs]) for part in runs[0].logits},
             fingerprint=fingerprint({"what": "ensemble", "runs": [run.fingerprint for run in runs]}),
@@ -178,124 +186,61 @@ def ensemble(teachers: Sequence[Teacher], combine: Callable[[list[Tensor]], Tens
     ]
 
 
-def check_weights_folder(settings: Settings) -> None:
-    """Raise `UserError` where a `weights` folder lacks a network's file; a look at names, before anything is read."""
-    if settings.weights not in ("imagenet", "generated", "none"):
-        for arch in ARCHITECTURES:
-            logits_file(settings.weights, arch) or weights_file(project_path(settings.weights), arch)
-
-
-def check_weights(arch: str, dataset: Dataset, settings: Settings) -> None:
-    """Raise `UserError` for weights that are absent or unfit, before anything is trained.
+def check_weights(teacher: TeacherSettings, dataset: Dataset, settings: Settings) -> None:
+    """Raise `UserError` for a network or weights that are absent or unfit, before anything is trained.
 
     A teacher whose results are all there needs no weights.
     """
-    if settings.weights == "generated" or logits_file(settings.weights, arch) is not None:
-        return
-    work = FineTuning(arch, dataset, settings)
+    work = FineTuning(teacher, dataset, settings)
+    _ = work.parameter_counts  # whether it can be cut
     if not work.is_made():
-        load_backbone(arch, settings.weights)
+        load_pretrained(teacher.name, teacher.weights)
 
 
-def check_space(dataset: Dataset, settings: Settings, architectures: Sequence[str] = ARCHITECTURES) -> None:
+def check_space(dataset: Dataset, settings: Settings, teachers: Sequence[TeacherSettings]) -> None:
     """Raise `UserError` where the disk has no room for the teachers' features, before any of them is computed."""
-    needed = sum(FineTuning(arch, dataset, settings).missing_bytes() for arch in architectures)
+    needed = sum(FineTuning(teacher, dataset, settings).missing_bytes() for teacher in teachers)
     folder = settings.run_folder
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if needed > free:
         raise UserError(
-            f"runs_dir: the features of {' and '.join(architectures)} need {needed / 1e9:.2f} GB, but "
-            f"{shown_path(folder)} has {free / 1e9:.2f} GB left; free space, choose another folder, or lower "
-            "teacher_size or teacher_views"
+            f"runs_dir: the features of {' and '.join(teacher.label for teacher in teachers)} need "
+            f"{needed / 1e9:.2f} GB, but {shown_path(folder)} has {free / 1e9:.2f} GB left; free space, choose another "
+            "folder, or lower teacher_size or teacher_views"
         )
 
 
-def try_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seed: int) -> Cached:
+def try_fine_tuning(teacher: TeacherSettings, dataset: Dataset, settings: Settings, seed: int) -> Cached:
     """Fine-tune with one seed and keep the history alone; sweeps choose by it. The test images are not touched.
 
     Keeps the facts `history`, `trained_views` and `weights` (their checksum), and no network.
     """
-    work = FineTuning(arch, dataset, settings)
+    work = FineTuning(teacher, dataset, settings)
 
     def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
-        history = work.fit(seed, checkpoint)[1]["history"]
+        history = work.fit(seed, 0, checkpoint)[1]["history"]
         return {}, {"history": history, "trained_views": work.trained_views, "weights": work.source.checksum}
 
     return resumable(*work.trial(seed), make)
 
 
-def prepare_fine_tuning(arch: str, dataset: Dataset, settings: Settings, seeds: Iterable[int]) -> None:
+def prepare_fine_tuning(teacher: TeacherSettings, dataset: Dataset, settings: Settings, seeds: Iterable[int]) -> None:
     """Compute the features that `try_fine_tuning` reads, unless it has done all of these seeds."""
-    work = FineTuning(arch, dataset, settings)
+    work = FineTuning(teacher, dataset, settings)
     if not all(cache_path(*work.trial(seed)).exists() for seed in seeds):
         work.prepare()
-
-
-def save_logits(arch: str, dataset: Dataset, settings: Settings, folder: Path) -> Path:
-    """Keep the logits of the first teacher seed in `folder`, which then serves as the setting `weights`."""
-    work, teacher = FineTuning(arch, dataset, settings), fine_tune(arch, dataset, settings)
-    run = teacher.runs[0]
-    tensors = {"train": soft_labels(teacher, dataset.train.images, work.num_views)[:1].contiguous()}
-    tensors |= {part: teacher.logits(getattr(dataset, part).images)[:1].contiguous() for part in ("val", "test")}
-    about = {"seed": run.seed, "history": run.history, "seconds": run.seconds, "fingerprint": run.fingerprint}
-    facts = teacher.facts | {"arch": arch, "runs": [about], "feature_seconds": teacher.feature_seconds}
-    key = work.logits_key | {"seeds": settings.teacher_seeds[:1]}
-    kept = Cached(tensors, facts, fingerprint(key), teacher.feature_seconds)
-    return write_cached(folder / f"{arch}-logits.safetensors", key, kept)
-
-
-def _from_file(path: Path, arch: str, dataset: Dataset, settings: Settings) -> Teacher:
-    """A teacher read from saved logits: valid for the very images, views and fine-tuning they were made with."""
-    key, found = read_cached(path)
-    asked = FineTuning(arch, dataset, settings).logits_key
-    spelt = {name: f"teacher_{name}" for name in ("seeds", "size", "resize", "label_smoothing")}
-    spelt["data"] = "data (checksum)"
-    for name in sorted(asked.keys() - {"weights", "precision", "trained_views"}):
-        if key.get(name) != asked[name]:
-            raise UserError(
-                f"weights: the logits in {shown_path(path)} were made with {spelt.get(name, name)} = "
-                f"{key.get(name)!r:.150}, not {asked[name]!r:.150}; use those settings and data, or give the weights "
-                f"of {arch}"
-            )
-    tensors = {part: tensor.to(settings.device) for part, tensor in found.tensors.items()}
-
-    def logits(images: Tensor, view: int = 0) -> Tensor:
-        for part in ("train", "val", "test"):
-            if torch.equal(images, getattr(dataset, part).images) and (part == "train" or view == 0):
-                return tensors[part][:, :, view] if part == "train" else tensors[part]
-        raise UserError(
-            f"weights: {shown_path(path)} holds the logits of this data set's images alone; to label others, give the "
-            f"weights of {arch}"
-        )
-
-    try:
-        facts = dict(found.facts)
-        scored = {part: logits(getattr(dataset, part).images).float() for part in ("train", "val", "test")}
-        runs = [
-            TeacherRun(
-                facts["arch"],
-                facts["trainable"],
-                logits={part: of_runs[number] for part, of_runs in scored.items()},
-                **about,
-            )
-            for number, about in enumerate(facts.pop("runs"))
-        ]
-        return Teacher(runs=runs, logits=logits, table=view_table(**settings.views), **facts)
-    except (KeyError, TypeError, IndexError) as error:
-        raise UserError(
-            f"weights: the logits in {shown_path(path)} are incomplete; get the file again, or give the weights of "
-            f"{arch}"
-        ) from error
 
 
 class FineTuning:
     """The fine-tuning of one network: what it depends on, and its steps. The network is built when first needed."""
 
-    def __init__(self, arch: str, dataset: Dataset, settings: Settings):
-        self.arch, self.dataset, self.settings = arch, dataset, settings
-        self.trainable = "all" if settings.weights == "none" else settings.of_teacher(arch, "trainable")
+    def __init__(self, teacher: TeacherSettings | str, dataset: Dataset, settings: Settings):
+        self.teacher = settings.teacher(teacher) if isinstance(teacher, str) else teacher
+        self.dataset, self.settings, self.label = dataset, settings, self.teacher.label
+        self.trainable = "all" if self.teacher.weights == "none" else self.teacher.trainable
         self.folder = settings.run_folder / "teachers"
-        self.name = f"{arch}-{self.trainable}"
+        self.name = f"{file_stem(self.teacher.name)}-{self.trainable}"
+        self.folds = range(self.teacher.folds)
         self.table = view_table(**settings.views)
         self.num_views = len(self.table)
         self._feature_seconds: dict[Path, float] = {}  # by file
@@ -306,29 +251,24 @@ class FineTuning:
 
     @cached_property
     def source(self) -> Source:
-        if logits_file(self.settings.weights, self.arch) is not None:
-            return Source("fine-tuned elsewhere", True, "logits", {})
-        if self.settings.weights == "generated":
-            return _generated(self.arch, self.settings)[0]
-        return backbone_source(self.arch, self.settings.weights)
+        return weights_source(self.teacher.name, self.teacher.weights)
 
     @cached_property
     def backbone(self) -> nn.Module:
-        if self.settings.weights == "generated":
-            return with_state(self.arch, _generated(self.arch, self.settings)[1])
-        return load_backbone(self.arch, self.settings.weights)
+        return load_pretrained(self.teacher.name, self.teacher.weights)
 
     def cut(self, seed: int, backbone: nn.Module | None = None) -> tuple[nn.Sequential, nn.Sequential]:
         """The frozen part, and a trained part of its own for a seed."""
-        settings = self.settings
+        teacher = self.teacher
         frozen, trained = cut(
             self.backbone if backbone is None else backbone,
+            teacher.name,
             self.trainable,
-            settings.teacher_size,
+            teacher.size,
             len(self.dataset.classes),
             seed,
-            resize=settings.teacher_resize,
-            standardize=settings.of_teacher(self.arch, "standardize"),
+            resize=teacher.resize,
+            standardize=teacher.standardize,
         )
         # seeds share the modules of the backbone: each starts from a copy of its weights
         return frozen, copy.deepcopy(trained)
@@ -337,23 +277,33 @@ class FineTuning:
     def frozen(self) -> nn.Module:
         """The frozen part as it runs: norms folded into convolutions, on the device."""
         frozen = copy.deepcopy(self.cut(0)[0])
-        return channels_last(fold_batch_norms(frozen).to(self.settings.device))
+        if not hasattr(frozen, "body"):  # what is one module may call its layers in any order
+            frozen = fold_batch_norms(frozen)
+        return channels_last(frozen.to(self.settings.device))
 
     @cached_property
-    def networks(self) -> dict[int, nn.Module]:
-        """The fitted trained parts by teacher seed."""
-        networks: dict[int, nn.Module] = {}
-        for seed in self.settings.teacher_seeds:
-            networks[seed] = channels_last(self.cut(seed)[1].to(self.settings.device))
-            networks[seed].load_state_dict(self.trained(seed).tensors)
+    def networks(self) -> dict[tuple[int, int], nn.Module]:
+        """The fitted trained parts by teacher seed and fold."""
+        networks: dict[tuple[int, int], nn.Module] = {}
+        for seed, fold in itertools.product(self.settings.teacher_seeds, self.folds):
+            networks[seed, fold] = channels_last(self.cut(seed)[1].to(self.settings.device))
+            networks[seed, fold].load_state_dict(self.trained(seed, fold).tensors)
         return networks
 
     @cached_property
     def _shapes(self) -> tuple[nn.Module, nn.Module, Tensor]:
         """Frozen part, trained part and features of one image on the meta device: shapes without values."""
+        backbone = build(self.teacher.name).to("meta")
+        images = torch.empty(1, 3, *self.dataset.val.images.shape[-2:], device="meta")
         with torch.device("meta"):
-            parts = self.cut(0, getattr(ensure_torchvision().models, self.arch)())
-            return *parts, parts[0](torch.empty(1, 3, *self.dataset.val.images.shape[-2:]))
+            parts = self.cut(0, backbone)
+            try:
+                return *parts, parts[0](images)
+            except (RuntimeError, AssertionError, ValueError) as error:  # many transformers take images of one size
+                raise UserError(
+                    f"teachers: {self.label} cannot take images of {self.teacher.size} pixels "
+                    f"({' '.join(str(error).split())[:120]}); set its size to what the network expects"
+                ) from error
 
     @property
     def parameter_counts(self) -> tuple[int, int]:
@@ -368,11 +318,11 @@ class FineTuning:
         settings = self.settings
         return {
             "what": "features",
-            "arch": self.arch,
+            "network": self.teacher.name,
             "weights": self.source.checksum,
             "trainable": self.trainable,
-            "size": settings.teacher_size,
-            "resize": settings.teacher_resize,
+            "size": self.teacher.size,
+            "resize": self.teacher.resize,
             "precision": settings.precision,
         }
 
@@ -382,20 +332,16 @@ class FineTuning:
         return {
             **self.frozen_key,
             "what": what,
-            "recipe": dataclasses.asdict(teacher_recipe(self.arch, settings)),
+            "recipe": dataclasses.asdict(teacher_recipe(self.teacher)),
             "trained_views": self.trained_views,
             "views": settings.views,
             "data": [self.dataset.part_checksums[part] for part in ("train", "val")],
-            "label_smoothing": settings.teacher_label_smoothing,
-            "standardize": settings.of_teacher(self.arch, "standardize"),
-            "last_layer_factor": settings.of_teacher(self.arch, "last_layer_factor"),
+            "label_smoothing": self.teacher.label_smoothing,
+            "standardize": self.teacher.standardize,
+            "last_layer_factor": self.teacher.last_layer_factor,
+            **({"folds": len(self.folds)} if len(self.folds) > 1 else {}),
             **more,
         }
-
-    @cached_property
-    def logits_key(self) -> dict[str, Any]:
-        """What the logits of a whole data set depend on."""
-        return self.key("logits", seeds=self.settings.teacher_seeds, data=self.dataset.checksum)
 
     def trial(self, seed: int) -> tuple[Path, str, dict[str, Any]]:
         """Folder, name and key of what `try_fine_tuning` keeps."""
@@ -407,9 +353,7 @@ class FineTuning:
         settings = self.settings
         if self.trainable == "all":
             return self.num_views
-        asked = min(settings.teacher_views, self.num_views)
-        if logits_file(settings.weights, self.arch) is not None:
-            return asked
+        asked = min(self.teacher.views, self.num_views)
         per_view = self._shapes[2].numel() * 2 * settings.train_size / 1e9  # float16
         affordable = max(1, min(asked, int(settings.feature_memory_gb / per_view)))
         if affordable < asked:
@@ -424,10 +368,10 @@ class FineTuning:
     def features(self, images: Tensor, view: int = 0) -> Tensor:
         """What the trained part is given: features float16 [N, ...] of images in one view; made once, kept.
 
-        Where nothing is frozen: the normalised images, float32.
+        Where nothing is frozen: the pixels, float32 from 0 to 255.
         """
         if self.trainable == "all":
-            return normalise(self._pixels(images, view))
+            return self._pixels(images, view).float()
         found = []
         for block, checksum in self._in_blocks(images):
             place = self._feature_place(checksum, view)
@@ -438,7 +382,7 @@ class FineTuning:
 
     def prepare(self) -> None:
         """Compute the features that the fitting needs."""
-        for images, view in progress_lines(self._fitted_on(), f"{self.arch}: features of every view"):
+        for images, view in progress_lines(self._fitted_on(), f"{self.label}: features of every view"):
             self.features(images, view)
 
     def _fitted_on(self) -> list[tuple[Tensor, int]]:
@@ -448,7 +392,7 @@ class FineTuning:
 
     def missing_bytes(self) -> int:
         """How much more disk the features will take."""
-        if self.trainable == "all" or logits_file(self.settings.weights, self.arch) is not None or self.is_made():
+        if self.trainable == "all" or self.is_made():
             return 0
         count = sum(
             len(block)
@@ -461,14 +405,14 @@ class FineTuning:
     def _make_features(self, block: Tensor, view: int) -> tuple[dict[str, Tensor], dict]:
         frozen, found = self.frozen, []
         with lower_if_out_of_memory(f"{self.name}: features", "teacher_size"):
-            for pixels in self._pixels(block, view).split(BATCH):
+            for pixels in self._pixels(block, view).split(CPU_BATCH if self.settings.device == "cpu" else BATCH):
                 with torch.inference_mode(), autocast(self.settings.device, self.settings.precision):
-                    found.append(frozen(normalise(pixels)).half())
+                    found.append(frozen(pixels.float()).half())
             features = torch.cat(found)
         if not features.isfinite().all():
             raise UserError(
-                f"weights: {self.arch} gives features that are not finite with these ({self.source.description}); give "
-                "undamaged weights of this network"
+                f"weights: {self.label} gives features that are not finite with these ({self.source.description}); "
+                "give undamaged weights of this network"
             )
         return {"features": features}, {}
 
@@ -490,37 +434,54 @@ class FineTuning:
 
     # Fitting the trained part
 
-    def trained(self, seed: int) -> Cached:
-        """The trained part of a seed, fitted."""
-        key = self.key("suffix", seed=seed)  # in keys, the trained part is called so; another word would train anew
-        return resumable(self.folder, f"{self.name}-seed{seed}", key, partial(self.fit, seed))
+    def trained(self, seed: int, fold: int = 0) -> Cached:
+        """The trained part of a seed and fold, fitted."""
+        key, name = self.key("trained part", seed=seed, fold=fold), f"{self.name}-seed{seed}"
+        name += f"-fold{fold}" if len(self.folds) > 1 else ""
+        return resumable(self.folder, name, key, partial(self.fit, seed, fold))
 
-    def fit(self, seed: int, checkpoint: Checkpoint | None = None) -> tuple[dict[str, Tensor], dict]:
-        """Fit the trained part of a seed: its tensors and its history."""
-        trained, name = self.cut(seed)[1], f"{self.arch}, {self.trainable}, seed {seed}"
+    def fit(self, seed: int, fold: int, checkpoint: Checkpoint | None = None) -> tuple[dict[str, Tensor], dict]:
+        """Fit the trained part of a seed and fold: its tensors and its history."""
+        trained, name = self.cut(seed)[1], f"{self.label}, {self.trainable}, seed {seed}"
+        name += f", fold {fold + 1} of {len(self.folds)}" if len(self.folds) > 1 else ""
         with lower_if_out_of_memory(name, "teacher_batch_size or feature_memory_gb"):
             progress = TrainingProgress(name)
-            history = fit(trained, **self.fit_arguments(seed), progress=progress, checkpoint=checkpoint)
+            history = fit(trained, **self.fit_arguments(seed, fold), progress=progress, checkpoint=checkpoint)
         return trained.state_dict(), {"history": history, "feature_seconds": sum(self._feature_seconds.values())}
 
-    def fit_arguments(self, seed: int) -> dict[str, Any]:
-        """What `training.fit` needs to fit the trained part of a seed, but for the network and the checkpoint."""
-        settings, labels = self.settings, self.dataset.train.labels
+    def fit_arguments(self, seed: int, fold: int = 0) -> dict[str, Any]:
+        """What `training.fit` needs to fit the trained part of a seed and fold, but for the network and checkpoint."""
+        teacher, train = self.teacher, self.dataset.train
+        kept = torch.arange(len(train.labels), device=train.labels.device)
+        if len(self.folds) > 1:
+            kept = kept[self._fold_of(train.images) != fold]
+        labels = train.labels[kept]
         return {
-            "inputs": self._inputs,
+            "inputs": lambda index, view: self._inputs(kept[index], view),
             "labels": labels,
-            "loss": lambda logits, index, view: cross_entropy(logits, labels[index], settings.teacher_label_smoothing),
-            "recipe": teacher_recipe(self.arch, settings),
+            "loss": lambda logits, index, view: cross_entropy(logits, labels[index], teacher.label_smoothing),
+            "recipe": teacher_recipe(teacher),
             "num_views": self.trained_views,
             "seed": seed,
             "validation": (self.features(self.dataset.val.images), self.dataset.val.labels),
-            "precision": settings.precision,
-            "last_layer_factor": settings.of_teacher(self.arch, "last_layer_factor"),
+            "precision": self.settings.precision,
+            "last_layer_factor": teacher.last_layer_factor,
         }
+
+    def _fold_of(self, images: Tensor) -> Tensor:
+        """The fold that holds an image out, int64 [N]; -1 for images that no fold was trained on.
+
+        images: the training images, these and others after them, or others.
+        """
+        train = self.dataset.train.images
+        fold = torch.full((len(images),), -1, device=images.device)
+        if torch.equal(images[: len(train)], train):
+            fold[: len(train)] = torch.arange(len(train), device=images.device) % len(self.folds)
+        return fold
 
     def _inputs(self, index: Tensor, view: Tensor) -> Tensor:
         if self.trainable == "all":
-            return normalise(view_pixels(self._viewed, index, view))
+            return view_pixels(self._viewed, index, view).float()
         x = self.training_features[view, index].float()
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
@@ -533,7 +494,7 @@ class FineTuning:
         """Features float16 [V, N, ...] of the training images in every view that is trained on."""
         images = self.dataset.train.images
         features = None
-        for view in progress_lines(range(self.trained_views), f"{self.arch}: features of every view"):
+        for view in progress_lines(range(self.trained_views), f"{self.label}: features of every view"):
             one = self.features(images, view)
             features = one.new_empty(self.trained_views, *one.shape) if features is None else features
             features[view] = one
@@ -550,9 +511,19 @@ class FineTuning:
                 cached(*self._logits_place(checksum, view), partial(self._make_logits, block, checksum, view))
                 for block, checksum in blocks
             ]
-            logits = torch.cat([one.tensors["logits"] for one in found], dim=1)
-            self._logits[id(images), view] = logits.to(self.settings.device)
+            logits = torch.cat([one.tensors["logits"] for one in found], dim=1).to(self.settings.device)
+            self._logits[id(images), view] = self._one_per_seed(logits, images)
         return self._logits[id(images), view]
+
+    def _one_per_seed(self, logits: Tensor, images: Tensor) -> Tensor:
+        """float16 [S, N, C] from the logits [S x folds, N, C] of all networks: of a training image those of the network
+        that did not train on it, of any other the mean over the folds."""
+        if len(self.folds) == 1:
+            return logits
+        by_fold = logits.unflatten(0, (-1, len(self.folds)))
+        fold = self._fold_of(images)
+        held_out = by_fold[:, fold.clamp(min=0), torch.arange(len(fold), device=fold.device)]
+        return torch.where((fold >= 0)[:, None], held_out, by_fold.float().mean(1).half())
 
     def is_made(self) -> bool:
         """Whether all logits of the data set, in every view of the training images, are there."""
@@ -579,47 +550,16 @@ class FineTuning:
         networks, found = self.networks, []
         with lower_if_out_of_memory(f"{self.name}: logits", "teacher_size"):
             if self.trainable == "all":
-                x = normalise(self._pixels(block, view))
+                x = self._pixels(block, view).float()
             elif cache_path(*(place := self._feature_place(checksum, view))).exists():
                 x = cached(*place, partial(self._make_features, block, view)).tensors["features"]
             else:  # not needed for fitting, and too large to keep
                 x = self._make_features(block, view)[0]["features"]
-            for seed, network in networks.items():
+            for (seed, _), network in networks.items():
                 found.append(predict(network, x.to(self.settings.device), self.settings.precision, BATCH).half())
                 if not found[-1].isfinite().all():
                     raise UserError(
-                        f"{self.name}, seed {seed}: its logits are too large for float16; lower "
-                        f"{self.arch}_learning_rate or raise teacher_label_smoothing"
+                        f"{self.name}, seed {seed}: its logits are too large for float16; lower its "
+                        "learning_rate or raise its label_smoothing"
                     )
         return {"logits": torch.stack(found)}, {}
-
-
-def _generated(arch: str, settings: Settings) -> tuple[Source, dict[str, Tensor]]:
-    """A ResNet pre-trained on the spot, once per run folder, on generated images of other shapes."""
-    recipe = Recipe(settings.generated_epochs, 64, "adamw", "one_cycle", 2e-3, 0.02)
-    how = Pretraining(arch, settings.teacher_size, recipe, 0, settings.precision, settings.device)
-    count = settings.generated_images
-    key = {
-        "what": "pre-training on whole generated images", "classes": list(shapes.OTHER_SHAPES), "images": count,
-        "arch": arch, "size": how.size, "recipe": dataclasses.asdict(recipe), "precision": how.precision,
-    }  # fmt: skip
-    made = resumable(settings.run_folder / "pretrained", arch, key, partial(_pretrain_generated, how, count))
-    accuracy = made.facts["history"]["val_accuracy"][-1]
-    description = (
-        f"pre-trained here for {recipe.epochs} epochs on {count:,} generated images of "
-        f"{len(shapes.OTHER_SHAPES)} other shapes ({accuracy:.0%} right on new ones)"
-    )
-    return Source(description, True, made.fingerprint, {}), made.tensors
-
-
-def _pretrain_generated(how: Pretraining, count: int, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
-    """Pre-train a whole ResNet on generated images of shapes that shapes10 does not have."""
-    names = list(shapes.OTHER_SHAPES)
-    train, val = (
-        Split(*shapes.draw(names, images, seed)).to(how.device)
-        for images, seed in ((count, 1000), (max(100, count // 8), 1001))
-    )
-    name = f"{how.arch}: pre-training on other shapes"
-    with lower_if_out_of_memory(name, "teacher_size or generated_images"):
-        state, history = pretrain(how, train, val, len(names), crops=False, name=name, checkpoint=checkpoint)
-    return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}, {"history": history}

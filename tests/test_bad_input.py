@@ -465,7 +465,7 @@ BAD = {
         "run)"),
     "notebooks that are gone": (lambda w: pipeline.export(found(w), w.tmp),
         "report: TMP/runs/tiny/notebooks/01_small_cnn.ipynb, "
-        "TMP/runs/tiny/notebooks/02_fine_tuned_resnets.ipynb, TMP/runs/tiny/notebooks/03_one_teacher.ipynb, "
+        "TMP/runs/tiny/notebooks/02_two_big_cnns.ipynb, TMP/runs/tiny/notebooks/03_one_teacher.ipynb, "
         "TMP/runs/tiny/notebooks/04_two_teachers.ipynb missing; run the notebooks again: python -m kdutils run --profile TMP/tiny.yaml"),
     "a notebook that failed": (notebook(FAILED, execution_count=1),
         "notebook: TMP/a.ipynb, cell 1 failed (ZeroDivisionError: by 0); fix it and run it again"),

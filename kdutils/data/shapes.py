@@ -4,9 +4,7 @@ Every image holds one figure of random colour, place, size, rotation and aspect 
 line strokes and blobs behind and in front of it and pixel noise over all. A figure is an implicit function
 f(x, y) that is <= 0 inside; it is sampled on a grid finer than the pixels and averaged (anti-aliasing).
 
-No class is another one turned or mirrored. `SHAPES10` is the data set; `OTHER_SHAPES` has no class in
-common with it and serves to pre-train networks on something else. The constants below set how hard the images
-are: with these, a CNN of two convolutions trained on 2,000 images gets about 70 % right.
+No class is another one turned or mirrored. The constants below set how hard the images are: with these, a CNN of two convolutions trained on 2,000 images gets about 70 % right.
 
 Lengths below are fractions of the image's width and colours lie in [0, 1], unless said otherwise.
 """
@@ -65,10 +63,6 @@ def _star(x, y, tips, outer, inner):
     return tip_y * (x - inner) - (tip_x - inner) * y
 
 
-def _wave(x, y, lobes, radius, depth):
-    return torch.hypot(x, y) - radius - depth * torch.cos(lobes * torch.atan2(y, x))
-
-
 def _union(*parts):
     return _fold(torch.minimum, parts)
 
@@ -101,32 +95,9 @@ _FIGURES = {
     "cross": lambda x, y: _union(_box(x, y, 0.95, 0.32), _box(x, y, 0.32, 0.95)),
     "heart": _heart,
     "semicircle": lambda x, y: _intersection(_disc(x, y + 0.4, 1.05), -(y + 0.4)),
-    "ellipse": lambda x, y: _disc(x, 2 * y, 1.1),
-    "pentagon": lambda x, y: _regular(x, y, 5, 0.98),
-    "hexagon": lambda x, y: _regular(x, y, 6, 0.95),
-    "rectangle": lambda x, y: _box(x, y, 1.05, 0.42),
-    "rhombus": lambda x, y: x.abs() / 1.15 + y.abs() / 0.65 - 1,
-    "trapezium": lambda x, y: _convex(x, y, [(-1.1, -0.6), (1.1, -0.6), (0.45, 0.6), (-0.45, 0.6)]),
-    "four-pointed star": lambda x, y: _star(x, y, 4, 1.2, 0.42),
-    "six-pointed star": lambda x, y: _star(x, y, 6, 1.1, 0.6),
-    "gear": lambda x, y: _intersection(_wave(x, y, 8, 0.85, 0.13), -_disc(x, y, 0.3)),
-    "flower": lambda x, y: _wave(x, y, 3, 0.7, 0.35),
-    "drop": lambda x, y: _union(_disc(x, y + 0.35, 0.65), _convex(x, y, [(-0.6, -0.1), (0.6, -0.1), (0, 1.1)])),
-    "lens": lambda x, y: _intersection(_disc(x, y - 0.65, 1.2), _disc(x, y + 0.65, 1.2)),
-    "pie": lambda x, y: _intersection(_disc(x, y, 0.95), torch.minimum(x - y, x + y)),
-    "frame": lambda x, y: _intersection(_box(x, y, 0.85, 0.85), -_box(x, y, 0.45, 0.45)),
-    "dumbbell": lambda x, y: _union(_disc(x.abs() - 0.7, y, 0.45), _box(x, y, 0.7, 0.15)),
-    "arrow": lambda x, y: _union(_box(x + 0.35, y, 0.65, 0.24), _convex(x, y, [(0.15, -0.75), (1.1, 0), (0.15, 0.75)])),
-    "chevron": lambda x, y: _intersection((x + y.abs() - 0.2).abs() - 0.4, y.abs() - 0.85),
-    "letter L": lambda x, y: _union(_box(x + 0.45, y, 0.28, 0.95), _box(x, y + 0.67, 0.73, 0.28)),
-    "letter T": lambda x, y: _union(_box(x, y - 0.67, 0.85, 0.28), _box(x, y, 0.28, 0.95)),
-    "letter S": lambda x, y: _union(
-        _box(x + 0.3, y - 0.35, 0.25, 0.6), _box(x - 0.3, y + 0.35, 0.25, 0.6), _box(x, y, 0.5, 0.25)
-    ),
 }
 
-SHAPES10 = tuple(_FIGURES)[:10]
-OTHER_SHAPES = tuple(_FIGURES)[10:]
+SHAPES10 = tuple(_FIGURES)
 
 
 def draw(class_names, count, seed, size=32):
@@ -136,7 +107,7 @@ def draw(class_names, count, seed, size=32):
     of threads. (Another kind of processor may round one value in a million differently, by 1.) Numbers of images per
     class differ by one at most.
 
-    class_names: distinct names from `SHAPES10` or `OTHER_SHAPES`; label k is the k-th of them.
+    class_names: distinct names from `SHAPES10`; label k is the k-th of them.
     Returns (images uint8 [count, 3, size, size], labels int64 [count]), on the CPU.
     Raises ValueError for an unknown or repeated name, no names, or a count or size that is not possible.
     """

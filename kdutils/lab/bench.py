@@ -30,7 +30,7 @@ from kdutils.data.views import view_table
 from kdutils.lab.performance import conditions, machine, summary
 from kdutils.models import SmallCNN, normalise, seeded
 from kdutils.progress import progress_lines
-from kdutils.settings import ARCHITECTURES, Settings, apply_threads, project_path, shown_path
+from kdutils.settings import Settings, apply_threads, project_path, shown_path
 from kdutils.students import Method, fit_arguments, named_method, train_students
 from kdutils.teachers import FineTuning
 from kdutils.training import autocast, channels_last, draw, fit, make_optimizer, predict
@@ -38,6 +38,7 @@ from kdutils.training import autocast, channels_last, draw, fit, make_optimizer,
 ensure_torchvision()  # or the tutorial could not import it beside a CPU-only torch
 from kdutils.lab import tutorial  # noqa: E402
 
+ARCHITECTURES = ("resnet50", "resnet18")
 LABELS = {"resnet50": "ResNet-50", "resnet18": "ResNet-18"}
 WORDS = {"last_layer": "last layer", "last_block": "last block and last layer"}
 METHODS = 6  # of the four notebooks: from scratch, from each teacher, and from both by three rules

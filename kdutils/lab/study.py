@@ -58,7 +58,7 @@ class Study:
 
     @cached_property
     def teachers(self) -> tuple[Teacher, ...]:
-        return tuple(fine_tune(arch, self.dataset, self.settings) for arch in ("resnet50", "resnet18"))
+        return tuple(fine_tune(teacher, self.dataset, self.settings) for teacher in self.settings.teachers)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -103,8 +103,8 @@ def _class_mean(study: Study) -> Entry:
 def _tuned(study: Study, which: str = "teacher") -> Entry:
     """With the temperature and weight that did best with this teacher."""
     teacher: Teacher = getattr(study, which)
-    loss = LOSSES["kd"](dataclasses.replace(study.settings, **TUNED[teacher.arch]))
-    words = f"Distilled from {teacher_words(teacher.arch)}, tuned for it"
+    loss = LOSSES["kd"](dataclasses.replace(study.settings, **TUNED[teacher.label]))
+    words = f"Distilled from {teacher_words(teacher.label)}, tuned for it"
     return Entry("3", words, Method("kd_tuned", loss, (teacher,)), study.settings)
 
 
@@ -120,7 +120,7 @@ def _scratch_long(study: Study) -> Entry:
 def _kd_long(study: Study, which: str = "teacher") -> Entry:
     teacher: Teacher = getattr(study, which)
     method = named_method("kd", study.settings, [teacher])
-    return Entry("3", f"Distilled from {teacher_words(teacher.arch)}", method, study.long)
+    return Entry("3", f"Distilled from {teacher_words(teacher.label)}", method, study.long)
 
 
 def _two_long(study: Study) -> Entry:

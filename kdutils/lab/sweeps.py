@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from kdutils.cache import check_writable, fingerprint, write_text
+from kdutils.cache import check_writable, write_text
 from kdutils.data.images import Dataset, load_data, rotate_validation
 from kdutils.data.views import view_table
 from kdutils.parallel import check_cluster, run_jobs
-from kdutils.results.sweeps import METHOD, Sweep, check_sweep, combinations, is_distilled, labelled_checksum, read_rows
-from kdutils.settings import ARCHITECTURES, Settings, UserError, apply_threads, checked, load_settings
+from kdutils.results.sweeps import METHOD, Sweep, check_sweep, combinations, labelled_checksum, read_rows
+from kdutils.settings import Settings, TeacherSettings, UserError, apply_threads, checked, load_settings
 from kdutils.students import fit_student, named_method
-from kdutils.teachers import FineTuning, fine_tune, prepare_fine_tuning, soft_labels, try_fine_tuning
+from kdutils.teachers import fine_tune, prepare_fine_tuning, soft_labels, try_fine_tuning
 
 OF_THE_DATA = ("data", "train_size", "val_size", "split_seed")
 
@@ -28,14 +28,14 @@ class Trial(NamedTuple):
 
     what: str
     settings: Settings
-    teachers: list[str]
+    teachers: list[TeacherSettings]
     rule: str
 
 
 def grid_sweep(what: str, grid: Sequence[str], seeds: list[int]) -> Sweep:
     """The sweep of one grid, given as `NAME=VALUE,VALUE,...` for each setting; its first combination is the baseline.
 
-    Besides settings, a grid can name `seeds` and, of a distilled student, `teachers` (default: ResNet-18) and `rule`.
+    Besides settings, a grid names `seeds`, `teachers` (labels; of all kinds but `scratch`), and `rule`.
     Raises `UserError` naming what does not fit.
     """
     values: dict[str, Any] = {}
@@ -46,8 +46,7 @@ def grid_sweep(what: str, grid: Sequence[str], seeds: list[int]) -> Sweep:
         values[name] = [value.strip() for value in listed.split(",")]
     if "seeds" in values:
         seeds = checked("seeds", f"[{','.join(values.pop('seeds'))}]", "--grid seeds")
-    fixed = {"teachers": "resnet18"} if is_distilled(what) and "teachers" not in values else {}
-    trials = combinations(values, fixed, "--grid")
+    trials = combinations(values, {}, "--grid")
     name = "-".join([what, *values])
     return check_sweep(Sweep(name, name, what, [0], seeds, trials, next(iter(trials))), "--grid")
 
@@ -76,7 +75,8 @@ def run_sweep(
     job_of: dict[str, str] = {}  # by what is done
     for (name, trial), fold, seed in itertools.product(trials.items(), sweep.folds, sweep.seeds):
         job = f"{name}, fold {fold}, seed {seed}"
-        done = [trial.settings.identity(), trial.teachers, trial.rule, fold, seed]
+        teachers = [dataclasses.asdict(teacher) for teacher in trial.teachers]
+        done = [trial.settings.identity(), teachers, trial.rule, fold, seed]
         done_by = job_of.setdefault(json.dumps(done), job)
         if done_by == job:
             jobs[job] = partial(_try, trial, images, fold, seed)
@@ -90,22 +90,25 @@ def run_sweep(
 
 def _trial(what: str, values: Mapping[str, Any], profile: str, parameters: Mapping[str, Any]) -> Trial:
     changes = {name: value for name, value in values.items() if name not in METHOD}
-    named = str(values.get("teachers", "")).split("+")
-    teachers = [arch for arch in ARCHITECTURES if arch in named]
-    return Trial(what, load_settings(profile, **{**parameters, **changes}), teachers, values.get("rule", "mean_prob"))
+    settings = load_settings(profile, **{**parameters, **changes})
+    labels = str(values["teachers"]).split("+") if "teachers" in values else []
+    of_teachers = {name: getattr(settings, name) for name in changes if name.startswith("teacher_")}
+    own = {name.removeprefix("teacher_"): value for name, value in of_teachers.items() if name != "teacher_seeds"}
+    # what a trial says of a teacher stands above the teacher's record
+    teachers = [dataclasses.replace(settings.teacher(label), **own) for label in labels]
+    return Trial(what, settings, teachers, values.get("rule", "mean_prob"))
 
 
 def _prepare(sweep: Sweep, trials: Sequence[Trial], dataset: Dataset) -> None:
     """Make what trials share."""
-    if sweep.what in ARCHITECTURES:
+    if sweep.what == "teacher":
         for trial, fold in itertools.product(trials, sweep.folds):
-            prepare_fine_tuning(sweep.what, rotate_validation(dataset, fold), trial.settings, sweep.seeds)
-    different = {}
+            prepare_fine_tuning(trial.teachers[0], rotate_validation(dataset, fold), trial.settings, sweep.seeds)
+        return
     for trial in trials:
-        for arch in trial.teachers:
-            different[fingerprint(FineTuning(arch, dataset, trial.settings).logits_key)] = arch, trial.settings
-    for arch, settings in different.values():
-        soft_labels(fine_tune(arch, dataset, settings), dataset.train.images, len(view_table(**settings.views)))
+        for teacher in trial.teachers:
+            made = fine_tune(teacher, dataset, trial.settings)
+            soft_labels(made, dataset.train.images, len(view_table(**trial.settings.views)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -117,14 +120,14 @@ def _images(settings: str) -> Dataset:
 def _try(trial: Trial, images: str, fold: int, seed: int) -> dict[str, Any]:
     """One row."""
     settings, dataset = trial.settings, rotate_validation(_images(images), fold)
-    if trial.what in ARCHITECTURES:
-        found = try_fine_tuning(trial.what, dataset, settings, seed)
-        what, weights, views = trial.what, found.facts["weights"], found.facts["trained_views"]
+    if trial.what == "teacher":
+        found = try_fine_tuning(trial.teachers[0], dataset, settings, seed)
+        what, weights, views = trial.teachers[0].label, found.facts["weights"], found.facts["trained_views"]
     else:
-        teachers = [fine_tune(arch, dataset, settings) for arch in trial.teachers]
+        teachers = [fine_tune(teacher, dataset, settings) for teacher in trial.teachers]
         method = named_method(trial.what, settings, teachers, trial.rule)
         found = fit_student(method, dataset, settings, seed)
-        what, views = " ".join([method.name, *trial.teachers]), len(view_table(**settings.views))
+        what, views = " ".join([method.name, *method.teacher_names]), len(view_table(**settings.views))
         weights = "+".join(teacher.checksum for teacher in teachers)
     row = {"what": what, "data": labelled_checksum(_images(images)), "weights": weights, "fold": fold, "seed": seed}
     last = {name: values[-1] for name, values in found.facts["history"].items()}

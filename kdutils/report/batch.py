@@ -25,21 +25,12 @@ from kdutils.report.readme import update_pictures, update_readme
 from kdutils.results.metrics import parameter_count
 from kdutils.results.record import read_provenance, read_results, results_checksum
 from kdutils.results.tables import WORDS, minutes, of_the_tasks, results_table, run_tables, text_table, times_table
-from kdutils.settings import (
-    ARCHITECTURES,
-    ROOT,
-    Settings,
-    UserError,
-    apply_threads,
-    counted,
-    load_settings,
-    logits_file,
-    shown_path,
-)
-from kdutils.teachers import check_space, check_weights, check_weights_folder, save_logits
+from kdutils.settings import ROOT, Settings, UserError, apply_threads, counted, load_settings, shown_path
+from kdutils.teachers import check_space, check_weights
+from kdutils.weights import weights_source
 
 EXECUTED_WITH = "executed-with.txt"  # beside the executed notebooks: the digest of their settings
-NOTEBOOKS = ("01_small_cnn", "02_fine_tuned_resnets", "03_one_teacher", "04_two_teachers")
+NOTEBOOKS = ("01_small_cnn", "02_two_big_cnns", "03_one_teacher", "04_two_teachers")
 
 
 def notebooks_of(settings: Settings) -> tuple[str, ...]:
@@ -60,12 +51,13 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     """
     settings = load_settings(profile, **parameters)
     apply_threads(settings)
-    check_weights_folder(settings)
+    teachers = (*settings.teachers, *(settings.backbones if "backbones" in settings.study else ()))
+    for teacher in teachers:
+        weights_source(teacher.name, teacher.weights)  # a look at what is there, before images are read
     dataset = load_data(settings)
-    for arch in ARCHITECTURES:
-        check_weights(arch, dataset, settings)
-    if settings.weights != "generated":  # those do not exist yet, and their features are small
-        check_space(dataset, settings)
+    for teacher in teachers:
+        check_weights(teacher, dataset, settings)
+    check_space(dataset, settings, teachers)
     print(
         f"{dataset.name}; {settings.device}, {settings.precision}; cached results in {shown_path(settings.run_folder)}"
     )

@@ -30,7 +30,7 @@ from kdutils.results.tables import (
     trained_part,
     with_teachers,
 )
-from kdutils.settings import ARCHITECTURES, ROOT, UserError, counted, shown_path
+from kdutils.settings import ROOT, UserError, counted, shown_path
 
 if TYPE_CHECKING:
     import nbformat
@@ -185,7 +185,7 @@ def _flat(tree: Any, path: str = "") -> dict[str, str]:
 
 def _setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
     words = {}
-    for name in ("epochs", "resnet50_epochs", "resnet18_epochs"):
+    for name in ("epochs", "unlabelled_epochs"):
         if name in settings:
             words[f"words/{name}"] = counted(settings[name], "epoch")
     for name in ("seeds", "teacher_seeds"):
@@ -194,9 +194,10 @@ def _setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
     if {"max_shift", "shift_step"} <= settings.keys():
         shifts = 2 * settings["max_shift"] // settings["shift_step"] + 1
         words["words/views"] = counted(2 * shifts**2, "view")
-    for arch in ARCHITECTURES:
-        if f"{arch}_trainable" in settings:
-            words[f"{arch}/trainable-words"] = WORDS[trained_part(arch, settings)]
+    for number, teacher in enumerate(settings.get("teachers", ()), start=1):
+        words[f"teacher{number}/name"] = WORDS.get(teacher["label"], teacher["label"])
+        words[f"teacher{number}/epochs"] = counted(teacher["epochs"], "epoch")
+        words[f"teacher{number}/trainable-words"] = WORDS[trained_part(teacher["label"], settings)]
     return words
 
 

@@ -11,12 +11,12 @@ import pandas as pd
 from kdutils.data.images import Dataset
 from kdutils.results.metrics import paired_difference
 from kdutils.results.tables import spread, with_interval
-from kdutils.settings import ARCHITECTURES, ROOT, Settings, UserError, check_names, counted, read_yaml, shown_path
+from kdutils.settings import ROOT, Settings, UserError, check_names, counted, read_yaml, shown_path
 from kdutils.students import LOSSES
 from kdutils.teachers import Teacher
 
 SWEEPS = ROOT / "report" / "sweeps"
-KINDS = (*ARCHITECTURES, *LOSSES)
+KINDS = ("teacher", *LOSSES)
 METHOD = ("teachers", "rule")  # what a trial of a distilled student may name besides settings
 RULES = ("mean_prob", "mean_logit", "confidence")
 
@@ -25,8 +25,9 @@ RULES = ("mean_prob", "mean_logit", "confidence")
 class Sweep:
     """What is tried. `trials` maps names to the settings that replace a profile's; the first trial is the baseline.
 
-    what: a CNN to fine-tune, or a student's loss (`kdutils.students.LOSSES`). Trials of a distilled student also name
-    its `teachers`, joined by `+`, and the `rule` that combines two (default: `mean_prob`).
+    what: `teacher`, or a student's loss (`kdutils.students.LOSSES`). Trials of a teacher name it by its label in
+    `teachers`, and their settings `teacher_*` are its own. Trials of a distilled student name its `teachers`, joined by
+    `+`, and the `rule` that combines two (default: `mean_prob`).
     """
 
     name: str
@@ -59,8 +60,8 @@ def read_sweep(path: Path) -> Sweep:
     """A sweep from its YAML file: title, what, folds, seeds, `fixed` settings and `grids`.
 
     A grid maps settings to lists of values and stands for all their combinations; `{}` is the fixed settings alone.
-    The `teachers` and `rule` of a distilled student stand beside `what`, or in a grid. The folds of students default
-    to [0]. Raises `UserError` naming what does not fit.
+    The `teachers`, and the `rule` of a distilled student, stand beside `what`, or in a grid. The folds of students
+    default to [0]. Raises `UserError` naming what does not fit.
     """
     content, where = read_yaml(path, "sweep"), f"sweep: {shown_path(path)}"
     needed = {"title": str, "what": str, "folds": list, "seeds": list, "grids": list}
@@ -108,15 +109,18 @@ def check_sweep(sweep: Sweep, where: str) -> Sweep:
         if not all(type(v) is int and v >= 0 for v in given) or len(set(given)) < len(given):
             raise UserError(f"{where}: {name}: {given} is not valid; use different whole numbers, 0 or more")
     for trial in sweep.trials.values():
-        if not is_distilled(sweep.what):
+        if sweep.what == "scratch":
             if unfit := trial.keys() & {*METHOD}:
                 raise UserError(f"{where}: {min(unfit)}: {sweep.what} has no teachers; leave it out")
             continue
-        teachers, rule = str(trial.get("teachers", "")), trial.get("rule", RULES[0])
-        named = teachers.split("+")
-        if not set(named) <= {*ARCHITECTURES} or len(set(named)) < len(named):
-            known = ", ".join(ARCHITECTURES)
-            raise UserError(f"{where}: teachers: {teachers!r} is not valid; use one of {known}, or two joined by '+'")
+        named, rule = str(trial.get("teachers", "")).split("+"), trial.get("rule", RULES[0])
+        if not all(named) or len(set(named)) < len(named) or sweep.what == "teacher" and len(named) > 1:
+            raise UserError(
+                f"{where}: teachers: {trial.get('teachers')!r} is not valid; use the label of a teacher, or for a "
+                "distilled student two joined by '+'"
+            )
+        if sweep.what == "teacher":
+            continue
         if rule not in RULES:
             raise UserError(f"{where}: rule: {rule!r} is not valid; use one of {', '.join(RULES)}")
         if sweep.folds != [0]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdutils.data.images import Dataset
 from kdutils.results import metrics
 from kdutils.results.record import Run, column, follows, read_provenance, read_results, right
-from kdutils.settings import ARCHITECTURES, UserError, counted
+from kdutils.settings import UserError, counted
 from kdutils.students import StudentRun
 from kdutils.teachers import Teacher
 
@@ -28,6 +28,9 @@ WORDS = {
     "one_cycle": "one-cycle",
     "resnet18": "ResNet-18",
     "resnet50": "ResNet-50",
+    "tf_efficientnet_lite0": "EfficientNet-Lite0",
+    "tf_efficientnet_lite1": "EfficientNet-Lite1",
+    "tf_efficientnet_lite2": "EfficientNet-Lite2",
     "last_layer": "the last layer",
     "last_block": "the last block and the last layer",
     "all": "the whole network",
@@ -291,16 +294,19 @@ def of_the_tasks(results: pd.DataFrame, epochs: int | None) -> pd.DataFrame:
     return rows[(rows.task == "2") | (rows.arm.isin(TASK_ARMS) & (rows.task != "extra"))]
 
 
-def trained_part(arch: str, settings: Mapping[str, Any]) -> str:
+def trained_part(label: str, settings: Mapping[str, Any]) -> str:
     """The trained part of a teacher by the settings, as the arms of task 2 are named; empty if they do not say."""
-    return "all" if settings.get("weights") == "none" else settings.get(f"{arch}_trainable", "")
+    for teacher in (*settings.get("teachers", ()), *settings.get("backbones", ())):
+        if teacher["label"] == label:
+            return "all" if teacher["weights"] == "none" else teacher["trainable"]
+    return ""
 
 
 def with_teachers(rows: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
     """The rows, and once more, as of the arm `teacher`, those of the networks that teach, not of their variants."""
     tuned = rows[rows.task == "2"]
     only_one = tuned.groupby("teachers").arm.transform("nunique") == 1
-    part = tuned.teachers.map({arch: trained_part(arch, settings) for arch in ARCHITECTURES})
+    part = tuned.teachers.map(lambda label: trained_part(label, settings))
     return pd.concat([rows, tuned[only_one | (tuned.arm == part)].assign(arm="teacher")])
 
 
