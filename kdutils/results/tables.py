@@ -363,9 +363,10 @@ def outcome(results: pd.DataFrame, provenance: Mapping[str, Any]) -> list[str]:
     lines = [f"Test accuracy, mean over seeds. The teachers: {', '.join(teachers)}."] if teachers else []
     said = []
     if best := _best_from_scratch(results):
-        arm, accuracy = best
-        equal = found.get(("scratch_equal_steps", ""), accuracy) if arm == "scratch" else accuracy
-        said.append(f"From scratch {_percent(accuracy)}" + (f" ({_percent(equal)} in equal steps)" * (equal != accuracy)))
+        said.append(f"From scratch {_percent(best[1])}")
+        equal = found.get(("scratch_equal_steps", ""))
+        if equal is not None and best[0] != "scratch_equal_steps":
+            said[0] += f" ({_percent(equal)} in equal steps)"
     count = provenance.get("data", {}).get("unlabelled", 0)
     words = {"kd_mean_prob": "", "kd_mean_prob_unlabelled": f", with {count:,} unlabelled images"}
     both = [(words[arm], mean) for (arm, _), mean in found.items() if arm in words]
