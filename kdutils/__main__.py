@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
     from kdutils.lab.study import check_groups
     from kdutils.report import batch
 
-    check_groups(settings.study)
+    check_groups(settings)
     settings = batch.run(options.profile, _parameters(options))
     if options.report:
         _make_report(settings, options)
@@ -328,9 +328,9 @@ def study(options: argparse.Namespace) -> None:
     workers, settings = _workers(options), _settings(options)
     from kdutils.lab.study import check_groups, entries_of, run_study
 
-    check_groups(settings.study)
+    check_groups(settings)
     run_study(options.profile, _parameters(options), workers, options.scheduler)
-    print(f"trained: {', '.join(entries_of(settings.study))}; in {shown_path(settings.run_folder)}")
+    print(f"trained: {', '.join(entries_of(settings))}; in {shown_path(settings.run_folder)}")
 
 
 @command(

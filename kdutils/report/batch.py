@@ -1,6 +1,7 @@
 """Run the notebooks in batch, through papermill, and make the report of them."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -72,7 +73,8 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     )
     folder = settings.run_folder / "notebooks"
     write_text(folder / EXECUTED_WITH, settings.digest())
-    given = {"profile": profile} | {name: getattr(settings, name) for name in parameters}
+    values = dataclasses.asdict(settings)  # plain ones, teachers too
+    given = {"profile": profile} | {name: values[name] for name in parameters}
     start = time.monotonic()
     batch = _live_batch(settings)
     for name in notebooks_of(settings):
