@@ -291,9 +291,13 @@ def _normal(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_the_tasks(results: pd.DataFrame, epochs: int | None) -> pd.DataFrame:
-    """The rows of results.csv about the classifiers of the four tasks at the report's epochs, without the study's."""
+    """The rows of results.csv about the classifiers of the four tasks at the report's epochs, without the study's: those
+    of its arms, and of other teachers than the two that taught one student together."""
     rows = at_epochs(results, "", epochs)
-    return rows[rows.task.isin(("1", "2", "3", "4")) & rows.arm.isin(TASK_ARMS)]
+    rows = rows[rows.task.isin(("1", "2", "3", "4")) & rows.arm.isin(TASK_ARMS)]
+    both = set(rows[rows.arm == "kd_mean_prob"].teachers)
+    names = {"", *both, *(name for joined in both for name in joined.split("+"))}
+    return rows[rows.teachers.isin(names)] if both else rows
 
 
 def roles(provenance: Mapping[str, Any]) -> dict[str, str]:
