@@ -232,6 +232,8 @@ def _teacher_words(role: str, label: str, provenance: Mapping[str, Any]) -> dict
         f"{as_words(teacher['learning_rate'])}, weight decay {as_words(teacher['weight_decay'])}, label smoothing "
         f"{as_words(teacher['label_smoothing'])}"
     )
+    if teacher.get("folds", 1) > 1:
+        recipe += f", cross-fitted in {teacher['folds']} folds"
     name, network = teacher_words(label), as_words(teacher["name"])
     words = {"name": name, "full-name": name if name == network else f"{name} ({network})", "recipe": recipe}
     words["trained"] = WORDS[trained_part(label, settings)]

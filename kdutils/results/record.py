@@ -5,6 +5,7 @@ Every notebook records its own rows under `found/`; the three files are rewritte
 """
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import io
@@ -27,7 +28,18 @@ from kdutils.cache import lock, remove_cut_off, write_text
 from kdutils.data.images import Dataset
 from kdutils.models import normalise
 from kdutils.results import metrics
-from kdutils.settings import ROOT, Settings, UserError, checked, counted, default_of, read_profile, shown_path
+from kdutils.settings import (
+    ROOT,
+    Settings,
+    TeacherSettings,
+    UserError,
+    checked,
+    counted,
+    default_of,
+    load_settings,
+    read_profile,
+    shown_path,
+)
 from kdutils.students import StudentRun
 from kdutils.teachers import Teacher, TeacherRun, better_teacher
 from kdutils.training import predict
@@ -284,14 +296,30 @@ def _processor() -> str:
 
 def rerun_command(settings: Settings) -> str:
     """The command that runs the same again, with paths relative to the project's folder."""
-    profile = read_profile(settings.profile)
-    words = ["python", "-m", "kdutils", "run", "--profile", shown_path(settings.profile)]
+    profile, given = read_profile(settings.profile), {}
     for name, value in settings.identity().items():
-        if value is not None and value != (checked(name, profile[name]) if name in profile else default_of(name)):
-            words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
+        usual = checked(name, profile[name]) if name in profile else default_of(name)
+        if name not in ("teachers", "backbones") and value not in (None, usual):
+            given[name] = value
+    without = load_settings(settings.profile, **given, teachers=profile.get("teachers", settings.teachers))
+    for name, kept in (("teachers", "teachers" in profile), ("backbones", True)):
+        if not (kept and list(getattr(without, name)) == list(getattr(settings, name))):
+            given[name] = [_short_record(teacher, settings) for teacher in getattr(settings, name)]
     if settings.threads is not None:  # another number of threads adds in another order
-        words += ["-p", "threads", str(settings.threads)]
+        given["threads"] = settings.threads
+    words = ["python", "-m", "kdutils", "run", "--profile", shown_path(settings.profile)]
+    for name, value in given.items():
+        words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)
+
+
+def _short_record(teacher: TeacherSettings, settings: Settings) -> dict[str, Any] | str:
+    """A teacher's record without what the settings say for all teachers; its name, if nothing else is left."""
+    usual = {"label": teacher.name, "weights": settings.weights}
+    values = dataclasses.asdict(teacher)
+    usual |= {key: getattr(settings, f"teacher_{key}") for key in values.keys() - {"name", *usual}}
+    record = {key: value for key, value in values.items() if key == "name" or value != usual[key]}
+    return record if len(record) > 1 else teacher.name
 
 
 def _commit() -> str:

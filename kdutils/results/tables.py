@@ -291,9 +291,13 @@ def _normal(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_the_tasks(results: pd.DataFrame, epochs: int | None) -> pd.DataFrame:
-    """The rows of results.csv about the classifiers of the four tasks at the report's epochs, without the study's."""
+    """The rows of results.csv about the classifiers of the four tasks at the report's epochs, without the study's: those
+    of its arms, and of other teachers than the two that taught one student together."""
     rows = at_epochs(results, "", epochs)
-    return rows[rows.task.isin(("1", "2", "3", "4")) & rows.arm.isin(TASK_ARMS)]
+    rows = rows[rows.task.isin(("1", "2", "3", "4")) & rows.arm.isin(TASK_ARMS)]
+    both = set(rows[rows.arm == "kd_mean_prob"].teachers)
+    names = {"", *both, *(name for joined in both for name in joined.split("+"))}
+    return rows[rows.teachers.isin(names)] if both else rows
 
 
 def roles(provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -363,9 +367,10 @@ def outcome(results: pd.DataFrame, provenance: Mapping[str, Any]) -> list[str]:
     lines = [f"Test accuracy, mean over seeds. The teachers: {', '.join(teachers)}."] if teachers else []
     said = []
     if best := _best_from_scratch(results):
-        arm, accuracy = best
-        equal = found.get(("scratch_equal_steps", ""), accuracy) if arm == "scratch" else accuracy
-        said.append(f"From scratch {_percent(accuracy)}" + (f" ({_percent(equal)} in equal steps)" * (equal != accuracy)))
+        said.append(f"From scratch {_percent(best[1])}")
+        equal = found.get(("scratch_equal_steps", ""))
+        if equal is not None and best[0] != "scratch_equal_steps":
+            said[0] += f" ({_percent(equal)} in equal steps)"
     count = provenance.get("data", {}).get("unlabelled", 0)
     words = {"kd_mean_prob": "", "kd_mean_prob_unlabelled": f", with {count:,} unlabelled images"}
     both = [(words[arm], mean) for (arm, _), mean in found.items() if arm in words]
