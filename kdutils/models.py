@@ -141,7 +141,7 @@ def _last_block(parts: dict[str, nn.Module], name: str) -> str:
 
 
 def _halves(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.stride == (2, 2)
+    return getattr(module, "stride", None) in (2, (2, 2))  # of a convolution or a pooling
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:

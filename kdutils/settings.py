@@ -70,8 +70,14 @@ _DATA = Rule(
 )
 
 _LABEL = Rule(
-    "a text without '+' and ','",
-    lambda value: isinstance(value, str) and value.strip() != "" and not {*value} & {*"+,\n"},
+    "a text of 80 characters at most, without '+' and ','",
+    lambda value: (
+        isinstance(value, str)
+        and value.strip() != ""
+        and value.isprintable()
+        and len(value) <= 80
+        and not {*value} & {*"+,"}
+    ),
 )
 
 

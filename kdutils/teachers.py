@@ -287,7 +287,9 @@ class FineTuning:
         with torch.device("meta"):
             parts = self.cut(0, backbone)
             try:
-                return *parts, parts[0](images)
+                features = parts[0](images)
+                parts[1].eval()(features)
+                return *parts, features
             except (RuntimeError, AssertionError, ValueError) as error:  # many transformers take images of one size
                 raise UserError(
                     f"teachers: {self.label} cannot take images of {self.teacher.size} pixels "
