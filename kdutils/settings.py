@@ -134,6 +134,7 @@ class TeacherSettings:
     label_smoothing: Smoothing
     last_layer_factor: Positive
     standardize: YesOrNo
+    folds: Count
 
 
 Teachers = Annotated[Sequence[TeacherSettings], _TEACHERS]
@@ -185,6 +186,7 @@ class Settings:
     teacher_label_smoothing: Smoothing
     teacher_last_layer_factor: Positive = 1.0  # the last layer's learning rate as a multiple of the block's
     teacher_standardize: YesOrNo = False  # standardise the features that the last layer gets
+    teacher_folds: Count = 1  # 2 or more: cross-fitting, so that no image is labelled by a network that trained on it
     # A teacher is fitted on fewer than teacher_views views if their features take more than this
     feature_memory_gb: Positive = 4.0
     # Groups of the study, trained by notebooks/beyond/study.ipynb; none: only the four tasks

@@ -8,7 +8,9 @@ The settings name the networks (`teachers`); README.md, "Your own two teachers",
 
 import copy
 import dataclasses
+import itertools
 import shutil
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -109,19 +111,19 @@ def fine_tune(teacher: TeacherSettings | str, dataset: Dataset, settings: Settin
     """
     work = FineTuning(teacher, dataset, settings)
     check_space(dataset, settings, [work.teacher])
-    trained = {seed: work.trained(seed) for seed in settings.teacher_seeds}
+    trained = {seed: [work.trained(seed, fold) for fold in work.folds] for seed in settings.teacher_seeds}
     logits = {part: work.logits(getattr(dataset, part).images).float() for part in ("train", "val", "test")}
     runs = [
         TeacherRun(
             label=work.label,
             trainable=work.trainable,
             seed=seed,
-            history=made.facts["history"],
+            history=_mean_history([made.facts["history"] for made in folds]),
             logits={part: of_runs[number] for part, of_runs in logits.items()},
-            seconds=made.seconds,
-            fingerprint=made.fingerprint,
+            seconds=sum(made.seconds for made in folds),
+            fingerprint=fingerprint({"folds": [made.fingerprint for made in folds]}),
         )
-        for number, (seed, made) in enumerate(trained.items())
+        for number, (seed, folds) in enumerate(trained.items())
     ]
     frozen, fitted = work.parameter_counts
     return Teacher(
@@ -133,9 +135,16 @@ def fine_tune(teacher: TeacherSettings | str, dataset: Dataset, settings: Settin
         parameters_total=frozen + fitted,
         parameters_trained=fitted,
         views_trained=work.trained_views,
-        feature_seconds=max(made.facts.get("feature_seconds", 0.0) for made in trained.values()),
+        feature_seconds=max(made.facts.get("feature_seconds", 0.0) for folds in trained.values() for made in folds),
         **work.source._asdict(),
     )
+
+
+def _mean_history(histories: Sequence[History]) -> History:
+    return {
+        name: [statistics.fmean(values) for values in zip(*(history[name] for history in histories))]
+        for name in histories[0]
+    }
 
 
 def teacher_recipe(teacher: TeacherSettings) -> Recipe:
@@ -208,7 +217,7 @@ def try_fine_tuning(teacher: TeacherSettings, dataset: Dataset, settings: Settin
     work = FineTuning(teacher, dataset, settings)
 
     def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
-        history = work.fit(seed, checkpoint)[1]["history"]
+        history = work.fit(seed, 0, checkpoint)[1]["history"]
         return {}, {"history": history, "trained_views": work.trained_views, "weights": work.source.checksum}
 
     return resumable(*work.trial(seed), make)
@@ -230,6 +239,7 @@ class FineTuning:
         self.trainable = "all" if self.teacher.weights == "none" else self.teacher.trainable
         self.folder = settings.run_folder / "teachers"
         self.name = f"{file_stem(self.teacher.name)}-{self.trainable}"
+        self.folds = range(self.teacher.folds)
         self.table = view_table(**settings.views)
         self.num_views = len(self.table)
         self._feature_seconds: dict[Path, float] = {}  # by file
@@ -271,12 +281,12 @@ class FineTuning:
         return channels_last(frozen.to(self.settings.device))
 
     @cached_property
-    def networks(self) -> dict[int, nn.Module]:
-        """The fitted trained parts by teacher seed."""
-        networks: dict[int, nn.Module] = {}
-        for seed in self.settings.teacher_seeds:
-            networks[seed] = channels_last(self.cut(seed)[1].to(self.settings.device))
-            networks[seed].load_state_dict(self.trained(seed).tensors)
+    def networks(self) -> dict[tuple[int, int], nn.Module]:
+        """The fitted trained parts by teacher seed and fold."""
+        networks: dict[tuple[int, int], nn.Module] = {}
+        for seed, fold in itertools.product(self.settings.teacher_seeds, self.folds):
+            networks[seed, fold] = channels_last(self.cut(seed)[1].to(self.settings.device))
+            networks[seed, fold].load_state_dict(self.trained(seed, fold).tensors)
         return networks
 
     @cached_property
@@ -330,6 +340,7 @@ class FineTuning:
             "label_smoothing": self.teacher.label_smoothing,
             "standardize": self.teacher.standardize,
             "last_layer_factor": self.teacher.last_layer_factor,
+            **({"folds": len(self.folds)} if len(self.folds) > 1 else {}),
             **more,
         }
 
@@ -424,24 +435,30 @@ class FineTuning:
 
     # Fitting the trained part
 
-    def trained(self, seed: int) -> Cached:
-        """The trained part of a seed, fitted."""
-        key = self.key("suffix", seed=seed)  # in keys, the trained part is called so; another word would train anew
-        return resumable(self.folder, f"{self.name}-seed{seed}", key, partial(self.fit, seed))
+    def trained(self, seed: int, fold: int = 0) -> Cached:
+        """The trained part of a seed and fold, fitted."""
+        key, name = self.key("trained part", seed=seed, fold=fold), f"{self.name}-seed{seed}"
+        name += f"-fold{fold}" if len(self.folds) > 1 else ""
+        return resumable(self.folder, name, key, partial(self.fit, seed, fold))
 
-    def fit(self, seed: int, checkpoint: Checkpoint | None = None) -> tuple[dict[str, Tensor], dict]:
-        """Fit the trained part of a seed: its tensors and its history."""
+    def fit(self, seed: int, fold: int, checkpoint: Checkpoint | None = None) -> tuple[dict[str, Tensor], dict]:
+        """Fit the trained part of a seed and fold: its tensors and its history."""
         trained, name = self.cut(seed)[1], f"{self.label}, {self.trainable}, seed {seed}"
+        name += f", fold {fold + 1} of {len(self.folds)}" if len(self.folds) > 1 else ""
         with lower_if_out_of_memory(name, "teacher_batch_size or feature_memory_gb"):
             progress = TrainingProgress(name)
-            history = fit(trained, **self.fit_arguments(seed), progress=progress, checkpoint=checkpoint)
+            history = fit(trained, **self.fit_arguments(seed, fold), progress=progress, checkpoint=checkpoint)
         return trained.state_dict(), {"history": history, "feature_seconds": sum(self._feature_seconds.values())}
 
-    def fit_arguments(self, seed: int) -> dict[str, Any]:
-        """What `training.fit` needs to fit the trained part of a seed, but for the network and the checkpoint."""
-        teacher, labels = self.teacher, self.dataset.train.labels
+    def fit_arguments(self, seed: int, fold: int = 0) -> dict[str, Any]:
+        """What `training.fit` needs to fit the trained part of a seed and fold, but for the network and checkpoint."""
+        teacher, train = self.teacher, self.dataset.train
+        kept = torch.arange(len(train.labels), device=train.labels.device)
+        if len(self.folds) > 1:
+            kept = kept[self._fold_of(train.images) != fold]
+        labels = train.labels[kept]
         return {
-            "inputs": self._inputs,
+            "inputs": lambda index, view: self._inputs(kept[index], view),
             "labels": labels,
             "loss": lambda logits, index, view: cross_entropy(logits, labels[index], teacher.label_smoothing),
             "recipe": teacher_recipe(teacher),
@@ -451,6 +468,17 @@ class FineTuning:
             "precision": self.settings.precision,
             "last_layer_factor": teacher.last_layer_factor,
         }
+
+    def _fold_of(self, images: Tensor) -> Tensor:
+        """The fold that holds an image out, int64 [N]; -1 for images that no fold was trained on.
+
+        images: the training images, these and others after them, or others.
+        """
+        train = self.dataset.train.images
+        fold = torch.full((len(images),), -1, device=images.device)
+        if torch.equal(images[: len(train)], train):
+            fold[: len(train)] = torch.arange(len(train), device=images.device) % len(self.folds)
+        return fold
 
     def _inputs(self, index: Tensor, view: Tensor) -> Tensor:
         if self.trainable == "all":
@@ -484,9 +512,19 @@ class FineTuning:
                 cached(*self._logits_place(checksum, view), partial(self._make_logits, block, checksum, view))
                 for block, checksum in blocks
             ]
-            logits = torch.cat([one.tensors["logits"] for one in found], dim=1)
-            self._logits[id(images), view] = logits.to(self.settings.device)
+            logits = torch.cat([one.tensors["logits"] for one in found], dim=1).to(self.settings.device)
+            self._logits[id(images), view] = self._one_per_seed(logits, images)
         return self._logits[id(images), view]
+
+    def _one_per_seed(self, logits: Tensor, images: Tensor) -> Tensor:
+        """float16 [S, N, C] from the logits [S x folds, N, C] of all networks: of a training image those of the network
+        that did not train on it, of any other the mean over the folds."""
+        if len(self.folds) == 1:
+            return logits
+        by_fold = logits.unflatten(0, (-1, len(self.folds)))
+        fold = self._fold_of(images)
+        held_out = by_fold[:, fold.clamp(min=0), torch.arange(len(fold), device=fold.device)]
+        return torch.where((fold >= 0)[:, None], held_out, by_fold.float().mean(1).half())
 
     def is_made(self) -> bool:
         """Whether all logits of the data set, in every view of the training images, are there."""
@@ -518,7 +556,7 @@ class FineTuning:
                 x = cached(*place, partial(self._make_features, block, view)).tensors["features"]
             else:  # not needed for fitting, and too large to keep
                 x = self._make_features(block, view)[0]["features"]
-            for seed, network in networks.items():
+            for (seed, _), network in networks.items():
                 found.append(predict(network, x.to(self.settings.device), self.settings.precision, BATCH).half())
                 if not found[-1].isfinite().all():
                     raise UserError(
