@@ -98,7 +98,7 @@ def toy_data():
 A_TEACHER = TeacherSettings(
     name="resnet18", label="resnet18", weights="none", trainable="last_layer", size=32, resize="bilinear", views=2,
     epochs=1, batch_size=20, optimizer="adamw", schedule="one_cycle", learning_rate=0.0005, weight_decay=0.05,
-    label_smoothing=0.0, last_layer_factor=1.0, standardize=False,
+    label_smoothing=0.0, last_layer_factor=1.0, standardize=False, folds=1,
 )  # fmt: skip
 
 
