@@ -247,7 +247,7 @@ def _forward_sides(bench: _Bench, arch: str) -> dict[str, Side]:
     x = normalise(bench.dataset(size).train.images)
     resident = tutorial.enlarge(x, settings.teacher_size, settings.teacher_resize)
     resident = resident.contiguous(memory_format=torch.channels_last)
-    frozen = nn.Sequential(*list(work.frozen.children())[2:])  # without normalising and resizing
+    alone = nn.Sequential(*list(work.frozen.children())[2:])  # without normalising and resizing
 
     @torch.no_grad()
     def plainly() -> Tensor:
@@ -256,7 +256,7 @@ def _forward_sides(bench: _Bench, arch: str) -> dict[str, Side]:
     @torch.inference_mode()
     def bare() -> Tensor:
         with autocast(settings.device, settings.precision):
-            return trained(frozen(resident))
+            return trained(alone(resident))
 
     def ours() -> Tensor:
         return predict(trained, _features(work, size), settings.precision, batch_size=250)
