@@ -336,7 +336,7 @@ def _complete(setting: str, entry: Any, values: Mapping[str, Any]) -> TeacherSet
             near = difflib.get_close_matches(str(key), _KINDS_OF_A_TEACHER, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"a record has: {', '.join(_KINDS_OF_A_TEACHER)}"
             raise UserError(f"{where}: there is no setting {str(key)!r:.80} of a teacher; {hint}")
-    complete = {"name": record["name"], "label": record["name"]}
+    complete: dict[str, Any] = {"name": record["name"], "label": record["name"]}
     complete["weights"] = values.get("weights", default_of("weights"))
     for key in _KINDS_OF_A_TEACHER.keys() - complete.keys():
         name = f"teacher_{key}"
