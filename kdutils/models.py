@@ -109,6 +109,7 @@ def cut(
     at = names.index(first or _last_block(parts, name))
     frozen = nn.Sequential(OrderedDict((name, parts[name]) for name in names[:at]))
     trained = nn.Sequential(OrderedDict((name, parts[name]) for name in names[at:]))
+    depthwise_in_float32(trained)
     return frozen.eval().requires_grad_(False), trained.requires_grad_(True)
 
 
@@ -123,7 +124,7 @@ def _body(network: nn.Module, head: str) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {}
     for name, module in network.named_children():
         if name in ("features", "blocks"):
-            parts |= {f"{name}{number}": stage for number, stage in enumerate(module)}  # type: ignore[arg-type]
+            parts |= {f"{name}{number}": stage for number, stage in module.named_children()}
         elif name != head.partition(".")[0]:
             parts[name] = module
     return {**parts, "flatten": nn.Flatten()}
@@ -155,4 +156,26 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, getattr(norm, "act", nn.Identity()))
+    return module
+
+
+class InFloat32(nn.Conv2d):
+    """A convolution which computes in float32 under a CPU's autocast; it gives values of its input's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float()).to(x.dtype)
+
+
+def depthwise_in_float32(module: nn.Module) -> nn.Module:
+    """Let every depthwise convolution compute in float32 on a CPU, in place; parameters keep their names.
+
+    For a network that is trained with bfloat16 autocast, of which the rest stays in bfloat16: on a CPU, torch has no fast
+    backward pass in bfloat16 for depthwise convolutions with a stride, or with filters larger than 3x3.
+    """
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels > 1 and not isinstance(conv, InFloat32):
+            conv.__class__ = type(type(conv).__name__, (InFloat32, type(conv)), {})
     return module

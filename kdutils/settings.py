@@ -153,6 +153,7 @@ class Settings:
     val_size: PartSize
     test_size: PartSize
     split_seed: Annotated[int, _SEED]
+    unlabelled_size: Annotated[int | None, _whole(0)] = None  # None: all there are
     # Views: flips x shifts by multiples of shift_step up to max_shift pixels
     max_shift: Annotated[int, _whole(0, 15)]
     shift_step: Count
@@ -165,6 +166,9 @@ class Settings:
     learning_rate: Positive
     weight_decay: NotNegative
     label_smoothing: Smoothing
+    # Methods with unlabelled images, and their controls: passes over as many images as are labelled; views of each
+    unlabelled_epochs: Count
+    unlabelled_views: Count
     # Distillation
     temperature: Positive
     alpha: Fraction
@@ -209,6 +213,11 @@ class Settings:
         """The enumerated views, for `kdutils.data.views.make_views` and for fingerprints."""
         return {"max_shift": self.max_shift, "shift_step": self.shift_step}
 
+    @property
+    def for_unlabelled(self) -> "Settings":
+        """These settings with the epochs and the views of the methods with unlabelled images, and of their controls."""
+        return _ForUnlabelled(**vars(self) | {"epochs": self.unlabelled_epochs})
+
     def identity(self) -> dict[str, Any]:
         """The settings that results depend on: all but `MACHINE`."""
         values = dataclasses.asdict(self) | {"study": list(self.study)}
@@ -224,6 +233,16 @@ class Settings:
         if label not in known:
             raise UserError(f"teacher: {label!r} is not among the settings' teachers; use one of {', '.join(known)}")
         return known[label]
+
+
+class _ForUnlabelled(Settings):
+    """`Settings.for_unlabelled`: `dataclasses.replace` keeps what is different here."""
+
+    @property
+    def views(self) -> dict[str, int]:
+        there = 2 * (2 * self.max_shift // self.shift_step + 1) ** 2  # as `view_table` says
+        all_views = super().views  # nothing is cut: the very views, and keys, of all other methods
+        return all_views | {"num_views": self.unlabelled_views} if self.unlabelled_views < there else all_views
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Settings)}

@@ -149,7 +149,8 @@ def train_students(
     """Train the student once per seed of the settings, or load what was trained under the same conditions.
 
     One seed fixes the initial weights, the order of the images and their views, in every method alike. `train`: images
-    to train on in place of the data set's, some of which may have no label (-1).
+    to train on in place of the data set's, some of which may have no label (-1), such as `dataset.with_unlabelled`. An
+    epoch sees as many of them as the data set has for training: in as many epochs, all methods take as many steps.
     """
     return [_student_run(method, dataset, settings, seed, train) for seed in settings.seeds]
 
@@ -160,6 +161,8 @@ def fit_student(method: Method, dataset: Dataset, settings: Settings, seed: int,
     The test images are not touched.
     """
     trained_on = dataset.part_checksums["train"] if train is None else tensor_checksum(train._asdict())[:16]
+    usual = len(dataset.train.labels)
+    sampled = {} if train is None or len(train.labels) <= usual else {"epoch_size": usual}
     key = {
         "what": "student",
         "network": source_of(SmallCNN),
@@ -171,6 +174,7 @@ def fit_student(method: Method, dataset: Dataset, settings: Settings, seed: int,
         "recipe": dataclasses.asdict(student_recipe(settings)),
         "seed": seed,
         "precision": settings.precision,
+        **sampled,
     }
     called = f"{method.words}, seed {seed}"
 
@@ -205,6 +209,7 @@ def fit_arguments(
         "num_views": len(viewed.table),
         "seed": seed,
         "validation": (normalise(dataset.val.images), dataset.val.labels),
+        "epoch_size": len(dataset.train.labels),
         "precision": settings.precision,
     }
 

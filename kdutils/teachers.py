@@ -41,6 +41,7 @@ from kdutils.weights import Source, build, file_stem, load_pretrained, weights_s
 
 BLOCK = 1000  # images per file of kept features or logits
 BATCH = 250  # images per forward pass
+CPU_BATCH = 25  # of the frozen part, whose activations then stay in a CPU's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +276,7 @@ class FineTuning:
     @cached_property
     def frozen(self) -> nn.Module:
         """The frozen part as it runs: norms folded into convolutions, on the device."""
-        frozen = copy.deepcopy(self.cut(0)[0])
+        frozen: nn.Module = copy.deepcopy(self.cut(0)[0])
         if not hasattr(frozen, "body"):  # what is one module may call its layers in any order
             frozen = fold_batch_norms(frozen)
         return channels_last(frozen.to(self.settings.device))
@@ -406,7 +407,7 @@ class FineTuning:
     def _make_features(self, block: Tensor, view: int) -> tuple[dict[str, Tensor], dict]:
         frozen, found = self.frozen, []
         with lower_if_out_of_memory(f"{self.name}: features", "teacher_size"):
-            for pixels in self._pixels(block, view).split(BATCH):
+            for pixels in self._pixels(block, view).split(CPU_BATCH if self.settings.device == "cpu" else BATCH):
                 with torch.inference_mode(), autocast(self.settings.device, self.settings.precision):
                     found.append(frozen(pixels.float()).half())
             features = torch.cat(found)

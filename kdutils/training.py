@@ -47,14 +47,17 @@ def channels_last(model: Network) -> Network:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def draw(seed: int, epoch: int, num_examples: int, num_views: int) -> tuple[Tensor, Tensor]:
-    """The order of the images and the view of each image in one epoch: two int64 [N].
+def draw(
+    seed: int, epoch: int, num_examples: int, num_views: int, epoch_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The order of the images and the view of each image in one epoch: two int64 [N], or [epoch_size] if that is less:
+    a random sample, no image twice.
 
     They depend on the arguments alone: methods with the same seed see the same batches, and so does a resumed training.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(num_examples, generator=generator)
-    return order, torch.randint(num_views, (num_examples,), generator=generator)
+    order = torch.randperm(num_examples, generator=generator)[:epoch_size]
+    return order, torch.randint(num_views, (len(order),), generator=generator)
 
 
 def fit(
@@ -67,6 +70,7 @@ def fit(
     num_views: int,
     seed: int,
     validation: tuple[Tensor, Tensor],
+    epoch_size: int | None = None,
     precision: str = "float32",
     last_layer_factor: float = 1.0,
     progress: TrainingProgress | None = None,
@@ -76,8 +80,9 @@ def fit(
 
     A batch is a pair (index [B], view [B]), the numbers of the images and of their views: `inputs(index, view)` is the
     network's input, `loss(logits [B, C], index, view)` a scalar. `labels` int64 [N] (-1: none) serve the training
-    accuracy, which is measured while training, on the views drawn. `validation`: inputs and labels. An epoch leaves out
-    its last, incomplete batch. `last_layer_factor` multiplies the learning rate of the layer called `fc`. With a
+    accuracy, which is measured while training, on the views drawn. `validation`: inputs and labels. An epoch sees
+    every image once, or `epoch_size` images drawn at random where there are more; it leaves out its last, incomplete
+    batch. `last_layer_factor` multiplies the learning rate of the layer called `fc`. With a
     checkpoint, an interrupted training resumes at the step that was saved last.
 
     Raises `TrainingError` when the loss or the validation logits are not finite; checked at the end of each epoch, the
@@ -86,14 +91,15 @@ def fit(
     device = labels.device
     channels_last(model.to(device))
     optimizer = make_optimizer(model, recipe, device, last_layer_factor)
-    batch_size = min(recipe.batch_size, len(labels))
-    steps = len(labels) // batch_size
+    size = min(len(labels), epoch_size or len(labels))
+    batch_size = min(recipe.batch_size, size)
+    steps = size // batch_size
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(recipe.schedule, steps * recipe.epochs))
     state = _State({"model": model, "optimizer": optimizer, "schedule": schedule}, checkpoint, device)
     with progress or TrainingProgress("training") as shown:
         shown.begin(recipe.epochs, steps, state.epoch + state.step / steps)
         for epoch in range(state.epoch, recipe.epochs):
-            order, views = (drawn.to(device) for drawn in draw(seed, epoch, len(labels), num_views))
+            order, views = (drawn.to(device) for drawn in draw(seed, epoch, len(labels), num_views, size))
             batches = list(zip(order.split(batch_size), views.split(batch_size)))[state.step : steps]
             model.train()
             for index, view in batches:

@@ -19,10 +19,11 @@ from kdutils.weights import build, seeded
 ensure_torchvision()  # for the tests that import torchvision themselves
 
 TINY = {
-    "data": "shapes10", "train_size": 40, "val_size": 10, "test_size": 10, "split_seed": 0,
+    "data": "shapes10", "train_size": 40, "val_size": 10, "test_size": 10, "split_seed": 0, "unlabelled_size": 0,
     "max_shift": 1, "shift_step": 1,
     "seeds": [0, 1], "epochs": 2, "batch_size": 10, "optimizer": "adamw", "schedule": "one_cycle",
     "learning_rate": 0.003, "weight_decay": 0.01, "label_smoothing": 0.1,
+    "unlabelled_epochs": 2, "unlabelled_views": 2,
     "temperature": 4.0, "alpha": 0.9, "kd_label_smoothing": 0.0,
     "teachers": [
         {"name": "resnet50", "learning_rate": 0.003, "weight_decay": 0.01},

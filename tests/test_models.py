@@ -11,7 +11,7 @@ from torch import nn
 from torchsummary import summary
 
 from kdutils import layer_table
-from kdutils.models import MEAN, STD, Resize, SmallCNN, cut, fold_batch_norms, normalise
+from kdutils.models import MEAN, STD, Resize, SmallCNN, cut, depthwise_in_float32, fold_batch_norms, normalise
 from kdutils.weights import head_of
 
 TRAINED = ("last_layer", "last_block", "all")
@@ -170,3 +170,52 @@ def test_the_new_last_layer_is_seeded_and_the_global_random_state_stays():
     )
     assert torch.equal(one, again) and not torch.equal(one, other) and one.shape == (10, 512)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class PaddedConv(nn.Conv2d):
+    """A convolution which pads by its own rule, as those of networks converted from TensorFlow do."""
+
+    def forward(self, x):
+        return self._conv_forward(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+def depthwise(kind=nn.Conv2d, kernel=5, stride=1):
+    torch.manual_seed(kernel)
+    return nn.Sequential(kind(8, 8, kernel, stride, padding=kernel // 2, groups=8), nn.BatchNorm2d(8))
+
+
+def values_and_gradients(network, x, *, autocast):
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = network(x)
+    y.float().square().sum().backward()
+    return y, x.grad, *(parameter.grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("kind", "kernel", "stride"), [(nn.Conv2d, 3, 1), (nn.Conv2d, 5, 1), (PaddedConv, 5, 2)])
+def test_a_depthwise_convolution_in_float32_gives_the_same_numbers(kind, kernel, stride, autocast):
+    network, x = depthwise(kind, kernel, stride), torch.randn(4, 8, 8, 8)
+    expected = values_and_gradients(copy.deepcopy(network), x, autocast=False)
+    got = values_and_gradients(depthwise_in_float32(network), x, autocast=autocast)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_depthwise_convolution_in_float32_gives_bfloat16_for_bfloat16():
+    conv, x = depthwise()[0], torch.randn(4, 8, 8, 8).bfloat16()
+    expected = conv(x.float()).bfloat16()
+    network = depthwise_in_float32(conv)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(network(x), expected)
+
+
+def test_depthwise_in_float32_keeps_the_state_dict_and_other_convolutions():
+    network = nn.Sequential(depthwise(PaddedConv), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=4))
+    names, kinds = list(network.state_dict()), [type(module) for module in network.modules()]
+    assert depthwise_in_float32(depthwise_in_float32(network)) is network
+    assert list(network.state_dict()) == names
+    changed = [module for module, kind in zip(network.modules(), kinds, strict=True) if type(module) is not kind]
+    assert changed == [network[0][0]] and isinstance(changed[0], PaddedConv)
+    x = torch.randn(2, 8, 8, 8)
+    assert torch.equal(copy.deepcopy(network)(x), network(x))

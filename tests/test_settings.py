@@ -13,6 +13,7 @@ import yaml
 from conftest import A_TEACHER, message_of
 from hypothesis import strategies as st
 
+from kdutils.data.views import view_table
 from kdutils.settings import (
     MACHINE,
     PROFILES,
@@ -31,7 +32,7 @@ NAMES = [field.name for field in dataclasses.fields(Settings)]
 TEXTS = {name for name, kind in typing.get_type_hints(Settings).items() if kind in (str, str | None)}
 OTHER = {  # another possible value of every setting, in the tiny profile
     "profile": "demo", "data": "cifar10", "data_name": "my images", "train_size": 41, "val_size": 11, "test_size": 11,
-    "split_seed": 1, "max_shift": 2, "shift_step": 2, "seeds": [0], "epochs": 3, "batch_size": 11,
+    "split_seed": 1, "unlabelled_size": 30, "unlabelled_epochs": 5, "unlabelled_views": 1, "max_shift": 2, "shift_step": 2, "seeds": [0], "epochs": 3, "batch_size": 11,
     "optimizer": "sgd", "schedule": "cosine", "learning_rate": 0.1, "weight_decay": 0.0, "label_smoothing": 0.0,
     "temperature": 1.0, "alpha": 0.5, "kd_label_smoothing": 0.1, "weights": "imagenet", "teacher_size": 64,
     "teacher_resize": "nearest", "teacher_seeds": [1], "teacher_views": 1, "teacher_batch_size": 10,
@@ -88,6 +89,8 @@ TWO, OR_NONE = f"a list of two CNNs, {EACH}", f"a list of CNNs, {EACH}, or [] fo
     *[("teacher_seeds", value, LIST) for value in ([], [1, 1])],
     *[("study", value, "a list of different names, or [] for none") for value in ("x", [3], [["a"]], ["a", "a"], [""])],
     *[("epochs", value, COUNT) for value in (0, -3, 2.5, "many", "2.5", True, math.inf, [3])],
+    *[("unlabelled_size", value, "a whole number, 0 or more") for value in (-1, 0.5, "all")],
+    ("unlabelled_epochs", 0, COUNT), ("unlabelled_views", 0, COUNT),
     *[(f"{part}_size", value, "a whole number, 10 or more") for part, value in (("train", 9), ("val", 0), ("test", -1))],
     ("batch_size", 1, "a whole number, 2 or more"), ("shift_step", 0, COUNT), ("threads", 0, COUNT),
     *[("split_seed", value, "a whole number from 0 to 2147483647") for value in (-1, 2**31)],
@@ -145,6 +148,18 @@ def test_a_step_must_divide_the_greatest_shift(tiny, max_shift, shift_step):
 @pytest.mark.parametrize("name", ["batch_size", "teacher_batch_size"])
 def test_a_batch_must_fit_into_the_training_images(tiny, name):
     assert message_of(tiny, **{name: 41}).startswith(f"{name}: 41 is more than train_size = 40; ")
+
+
+@pytest.mark.parametrize("views, expected", [(1, 1), (2, 2), (17, 17), (18, None), (500, None)])
+def test_settings_for_unlabelled_images_have_their_epochs_and_views_and_keep_them(tiny, views, expected):
+    """As many views as there are is no cut: the keys of trainings with the same settings are then the same."""
+    settings = tiny(max_shift=3, shift_step=3, epochs=3, unlabelled_epochs=7, unlabelled_views=views)
+    found = dataclasses.replace(settings.for_unlabelled, seeds=[5])
+    assert settings.epochs == 3 and settings.views == {"max_shift": 3, "shift_step": 3}
+    assert found.views == settings.views | ({} if expected is None else {"num_views": expected})
+    assert found.identity() == dataclasses.replace(settings, epochs=7, seeds=[5]).identity()
+    assert settings.for_unlabelled.for_unlabelled == settings.for_unlabelled != settings
+    assert len(view_table(**found.views)) == (expected or 18)
 
 
 def test_a_home_folder_that_is_nobodys_is_no_traceback(tiny):

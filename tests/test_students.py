@@ -10,10 +10,10 @@ from test_identity import PLAIN, define
 
 from kdutils.data.images import Split
 from kdutils.losses import class_mean, combine_teachers, cross_entropy, distillation_loss, kd_loss
-from kdutils.models import normalise
+from kdutils.models import SmallCNN, normalise
 from kdutils.students import Method, fit_arguments, fit_student, train_students
 from kdutils.teachers import soft_labels
-from kdutils.training import draw
+from kdutils.training import draw, fit, predict
 
 SCRATCH = Method("scratch", cross_entropy)
 
@@ -137,15 +137,97 @@ def test_a_teacher_of_other_views_is_refused(tiny, toy_data):
     assert message.startswith("method kd: resnet50 and the student number different views; use the same max_shift")
 
 
-def test_images_without_a_label_are_trained_on_by_their_soft_labels(tiny, toy_data):
-    settings, method = tiny(seeds=[0]), distilled(fake_teacher(toy_data), alpha=0.5)
-    images = torch.cat([toy_data.train.images, toy_data.test.images])
-    some = Split(images, torch.cat([toy_data.train.labels, torch.full((10,), -1)]))
-    (alone,), (more,) = (train_students(method, toy_data, settings, train) for train in (None, some))
-    assert not same_run(alone, more) and len(students_files(settings)) == 2
-    assert fit_student(method, toy_data, settings, 0, some).fingerprint == more.fingerprint
-    (untaught,) = train_students(SCRATCH, toy_data, settings, Split(images, torch.full((50,), -1)))
+@pytest.fixture
+def more_data(toy_data):
+    """The toy data with 60 images more, whose labels are hidden."""
+    again = [Split(toy_data.train.images.flip(-1), toy_data.train.labels), Split(*(x[:20] for x in toy_data.train))]
+    images, labels = map(torch.cat, zip(*again))
+    return toy_data._replace(unlabelled=Split(images, torch.full_like(labels, -1)), hidden_labels=labels)
+
+
+def test_images_without_a_label_are_trained_on_by_their_soft_labels(tiny, more_data):
+    settings, method = tiny(seeds=[0]), distilled(fake_teacher(more_data), alpha=0.5)
+    more = more_data.with_unlabelled
+    (alone,), (taught,) = (train_students(method, more_data, settings, train) for train in (None, more))
+    assert not same_run(alone, taught) and len(students_files(settings)) == 2
+    assert fit_student(method, more_data, settings, 0, more).fingerprint == taught.fingerprint
+    (untaught,) = train_students(SCRATCH, more_data, settings, more_data.unlabelled)
     assert untaught.history["train_loss"] == [0.0, 0.0] == untaught.history["train_accuracy"]
+
+
+def test_an_image_without_a_label_counts_with_its_soft_term_alone(tiny, more_data):
+    """At full weight, whatever alpha is; its hidden label plays no part."""
+    teacher = fake_teacher(more_data)
+    train = more_data.with_unlabelled
+    arguments = fit_arguments(distilled(teacher, alpha=0.3), more_data, tiny(), 0, train)
+    index, view = torch.tensor([40, 57, 99]), torch.tensor([0, 3, 17])
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    soft = soft_labels(teacher, train.images, 18)[0, index, view].float()
+    torch.testing.assert_close(arguments["loss"](logits, index, view), kd_loss(logits, soft, 4.0))
+    with_labels = fit_arguments(distilled(teacher, alpha=0.3), more_data, tiny(), 0, more_data.all_labelled)
+    assert with_labels["loss"](logits, index, view) != arguments["loss"](logits, index, view)
+
+
+def test_all_methods_take_the_same_number_of_steps(tiny, more_data, monkeypatch):
+    """Of 4 an epoch: an epoch of the 100 images is a sample of 40."""
+    made = []
+    monkeypatch.setattr(
+        "kdutils.training.predict", lambda *given, **named: made.append("epoch") or predict(*given, **named)
+    )
+
+    def counted(*given, **named):
+        made.append("step")
+        return cross_entropy(given[0], given[-1])
+
+    settings = tiny(seeds=[0], unlabelled_epochs=3).for_unlabelled
+    images = (None, more_data.with_unlabelled, more_data.all_labelled)
+    for train in images:
+        arguments = fit_arguments(SCRATCH, more_data, settings, 0, train)
+        fit(
+            SmallCNN(10),
+            **{**arguments, "loss": lambda logits, index, view: counted(logits, arguments["labels"][index])},
+        )
+        assert made == 3 * [*4 * ["step"], "epoch"]
+        made.clear()
+
+
+def test_students_of_unlabelled_images_have_their_epochs_views_and_keys(tiny, more_data):
+    """They learn from the very teacher of the others, whose views begin with theirs."""
+    settings = tiny(seeds=[0], epochs=1, unlabelled_epochs=3, unlabelled_views=2)
+    method, more = distilled(fake_teacher(more_data)), more_data.with_unlabelled
+    arguments = fit_arguments(method, more_data, settings.for_unlabelled, 0, more)
+    assert (arguments["num_views"], arguments["recipe"].epochs, arguments["epoch_size"]) == (2, 3, 40)
+    found = [
+        fit_student(method, more_data, dataclasses.replace(settings, **change).for_unlabelled, 0, train)
+        for train in (more, None)
+        for change in ({}, {"unlabelled_views": 3}, {"unlabelled_epochs": 2}, {"epochs": 9}, {"unlabelled_size": 3})
+    ]
+    assert len({one.fingerprint for one in found}) == 6 == len(students_files(settings))
+    assert found[0].fingerprint == found[3].fingerprint == found[4].fingerprint
+    smaller = more_data._replace(train=more_data.train.at(slice(30)))  # the same images, in shorter epochs
+    assert fit_student(method, smaller, settings.for_unlabelled, 0, more).fingerprint not in {
+        one.fingerprint for one in found
+    }
+
+
+def test_who_does_not_use_unlabelled_images_does_not_depend_on_them(tiny, toy_data, more_data):
+    settings = tiny(seeds=[0])
+    (first,) = train_students(SCRATCH, toy_data, settings)
+    sums = {**more_data.part_checksums, "unlabelled": "d"}
+    (second,) = train_students(SCRATCH, more_data._replace(part_checksums=sums), settings)
+    assert first.fingerprint == second.fingerprint and len(students_files(settings)) == 1
+
+
+def test_a_student_of_unlabelled_images_is_found_and_made_again_the_same(tiny, more_data, tmp_path):
+    method, more = distilled(fake_teacher(more_data)), more_data.with_unlabelled
+    settings = tiny(seeds=[0], unlabelled_epochs=2).for_unlabelled
+    (made,), (loaded,) = (train_students(method, more_data, settings, more) for _ in range(2))
+    elsewhere = dataclasses.replace(settings, runs_dir=str(tmp_path / "other"))
+    (again,) = train_students(method, more_data, elsewhere, more)
+    assert len(students_files(settings)) == len(students_files(elsewhere)) == 1
+    assert same_run(made, loaded) and same_run(made, again)
+    (long,) = train_students(method, more_data, dataclasses.replace(settings, epochs=4), more)
+    assert len(long.history["train_loss"]) == 4 and not same_run(made, long)
 
 
 def test_class_means_teach_what_a_class_looks_like(tiny, toy_data):

@@ -1,4 +1,4 @@
-"""kdutils.lab.study: its groups and their methods, each trained; images without labels."""
+"""kdutils.lab.study: its groups and their methods, each trained."""
 
 import dataclasses
 import json
@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models as zoo
 
-from kdutils.data.images import left_over, load_data
 from kdutils.lab import study as study_module
 from kdutils.lab.study import (
     GROUPS,
@@ -68,7 +67,7 @@ def test_an_unknown_group_is_named(tiny):
     check_groups(list(GROUPS))
     for call, argument in ((check_groups, ["controls", "contrls"]), (Study, tiny(study=["contrls"]))):
         message = message_of(call, argument)
-        assert message == "study: 'contrls' is not a group; use any of controls, losses, epochs, unlabelled"
+        assert message == "study: 'contrls' is not a group; use any of controls, losses, epochs"
 
 
 def test_a_study_of_no_group_is_named(tiny_profile):
@@ -79,17 +78,6 @@ def test_a_study_of_no_group_is_named(tiny_profile):
 def test_entries_are_those_of_the_groups_in_the_studys_order():
     assert list(entries_of(["losses", "controls"])) == ["no_label_smoothing", "kd_class_mean", *GROUPS["losses"]]
     assert entries_of([]) == {}
-
-
-def test_the_images_left_over_are_in_no_part_and_their_labels_are_hidden(study):
-    dataset, rest = load_data(study.settings), left_over(study.settings)
-    assert len(rest.labels) == 100 - 40 - 10
-    seen = {tuple(image.flatten().tolist()) for part in (dataset.train, dataset.val) for image in part.images}
-    assert len(seen) == 50 and not seen & {tuple(image.flatten().tolist()) for image in rest.images}
-    (images, labels), (same, hidden) = study.all_labelled, study.with_unlabelled
-    assert torch.equal(images, torch.cat([dataset.train.images, rest.images])) and torch.equal(same, images)
-    assert torch.equal(labels, torch.cat([dataset.train.labels, rest.labels]))
-    assert torch.equal(hidden[:40], labels[:40]) and (hidden[40:] == -1).all()
 
 
 def test_the_teacher_is_the_better_one_on_validation_images(study):
@@ -132,20 +120,10 @@ def test_every_method_trains(study, short, name):
     entry = ENTRIES[name](study)
     (run,) = study.train(entry, [0])
     assert run.arm == entry.method.name and run.logits["test"].isfinite().all()
-    assert entry.task in ("1", "3", "4", "extra") and entry.settings.seeds == study.settings.seeds
+    assert entry.task in ("1", "3", "4") and entry.settings.seeds == study.settings.seeds
     rows = entry.rows([run], study.dataset, [study.teacher])
-    epochs = 1 if entry.train else 2  # 2 epochs of 4 steps each are about as many as 1 of 9
-    labels = 90 if name == "scratch_all_labels" else 40
-    assert {(row["task"], row["labels"], row["epochs"]) for row in rows} == {(entry.task, labels, epochs)}
-    assert len(run.history["train_loss"]) == epochs
-
-
-def test_unlabelled_images_are_seen_in_two_views_and_change_the_student(study, short):
-    entry = ENTRIES["kd_unlabelled"](study)
-    assert entry.settings.views == {"max_shift": 0, "shift_step": 1} and study.settings.max_shift == 1
-    (with_them,) = study.train(entry, [0])
-    (alone,) = study.train(entry._replace(train=study.dataset.train), [0])
-    assert with_them.fingerprint != alone.fingerprint
+    assert {(row["task"], row["labels"], row["epochs"]) for row in rows} == {(entry.task, 40, 2)}
+    assert len(run.history["train_loss"]) == 2
 
 
 def test_a_job_trains_one_seed(settings, study, monkeypatch):
@@ -155,7 +133,7 @@ def test_a_job_trains_one_seed(settings, study, monkeypatch):
 
 
 def test_a_run_prepares_what_students_share_and_trains_them_all(settings, short, monkeypatch, tmp_path):
-    given = {"study": ["controls", "unlabelled"], "seeds": [0], "runs_dir": str(tmp_path)}
+    given = {"study": ["controls", "epochs"], "seeds": [0], "runs_dir": str(tmp_path)}
     made = run_study(settings.profile, given)
     monkeypatch.setattr("kdutils.students.fit", None)  # would fail
     monkeypatch.setattr("kdutils.teachers.fit", None)

@@ -90,6 +90,22 @@ def test_draw_depends_on_its_arguments_alone():
         assert not torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
 
 
+@pytest.mark.parametrize("epoch_size", [1, 9, 49])
+def test_a_shorter_epoch_is_a_sample_without_repetition_and_another_one_every_time(epoch_size):
+    epochs = [draw(3, epoch, 50, 18, epoch_size) for epoch in range(40)]
+    for order, view in epochs:
+        assert order.shape == view.shape == (epoch_size,) and len(order.unique()) == epoch_size
+        assert 0 <= order.min() and order.max() < 50 and 0 <= view.min() and view.max() < 18
+    assert all(torch.equal(*pair) for pair in zip(epochs[7], draw(3, 7, 50, 18, epoch_size)))
+    counts = torch.cat([order for order, _ in epochs]).bincount(minlength=50)
+    assert epoch_size == 1 or counts.min() > 0  # over the epochs, every image has its turn
+
+
+@pytest.mark.parametrize("epoch_size", [None, 50, 51, 1000])
+def test_an_epoch_of_all_images_is_what_it_is_without_a_size(epoch_size):
+    assert all(torch.equal(*pair) for pair in zip(draw(1, 2, 50, 18, epoch_size), draw(1, 2, 50, 18)))
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_training_learns_and_its_history_is_one_entry_an_epoch(optimizer):
     history = train(network(), recipe(optimizer=optimizer, learning_rate=0.03, epochs=15))
@@ -117,6 +133,28 @@ def test_every_step_is_one_whole_batch_and_an_epoch_sees_an_image_once():
     for epoch in range(2):
         for found, drawn in zip(zip(*seen[3 * epoch : 3 * epoch + 3]), draw(0, epoch, 30, 2)):
             assert torch.equal(torch.cat(found), drawn[:24])
+
+
+def test_an_epochs_size_sets_its_steps_and_what_its_accuracy_counts():
+    """Of 30 images 20 an epoch: 2 steps of 8, and the 16 images of these are those that are right or wrong."""
+    seen = []
+
+    def loss(logits, index, view):
+        seen.append((index, (logits.argmax(1) == LABELS[index]).sum()))
+        return logits.sum() * 0
+
+    history = train(network(), recipe(epochs=3), loss, epoch_size=20)
+    assert len(seen) == 6
+    for epoch in range(3):
+        index, right = zip(*seen[2 * epoch : 2 * epoch + 2])
+        assert torch.equal(torch.cat(index), draw(0, epoch, 30, 2, 20)[0][:16])
+        assert history["train_accuracy"][epoch] == pytest.approx(sum(right).item() / 16)
+
+
+@pytest.mark.parametrize("epoch_size", [30, 31])
+def test_an_epoch_no_smaller_than_the_images_changes_nothing(epoch_size):
+    one, other = network(), network()
+    assert train(one, epoch_size=epoch_size) == train(other) and same_state(one, other)
 
 
 def test_fewer_images_than_a_batch_are_one_batch():
@@ -213,6 +251,14 @@ def test_a_resumed_training_is_the_uninterrupted_one(path, always_save, optimize
         train_until_a_power_cut(path, after_steps, **named)
     assert [file.name for file in path.parent.iterdir()] == (["x.checkpoint"] if sum(cuts) else [])
     assert_resumes(path, sum(cuts), **named)
+
+
+@pytest.mark.parametrize("cuts", [[1], [3], [7], [2, 3, 1, 4]], ids=str)
+def test_a_training_of_shorter_epochs_resumes_too(path, always_save, cuts):
+    """24 of the 30 images an epoch: 3 steps each, as above."""
+    for after_steps in cuts:
+        train_until_a_power_cut(path, after_steps, epoch_size=24)
+    assert_resumes(path, sum(cuts), epoch_size=24)
 
 
 @pytest.fixture

@@ -86,3 +86,12 @@ def test_types_shapes_and_layout(margin, size):
     assert pixels.is_contiguous(memory_format=torch.channels_last)
     assert viewed.padded.dtype == torch.uint8
     assert viewed.padded.shape == (3, size + 2 * margin, size + 2 * margin, 3)
+
+
+@pytest.mark.parametrize("max_shift, shift_step, num_views", [(3, 3, 1), (3, 3, 7), (2, 1, 18), (1, 1, 99)])
+def test_the_first_views_are_numbered_as_among_all(max_shift, shift_step, num_views):
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    some, every = make_views(images, max_shift, shift_step, num_views), make_views(images, max_shift, shift_step)
+    assert len(some.table) == min(num_views, len(every.table))
+    index, view = torch.tensor([0, 1]), torch.tensor([0, len(some.table) - 1])
+    assert torch.equal(view_pixels(some, index, view), view_pixels(every, index, view))

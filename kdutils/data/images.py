@@ -6,7 +6,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,10 @@ NUM_CLASSES = 10
 IMAGE_SIZE = 32
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 CIFAR10_NAME = "CIFAR-10"
-SHAPES10_SIZES = {"train": 12_000, "test": 10_000}  # images that can be drawn for each part
+PARTS = ("train", "val", "test")  # the labelled ones
+SHAPES10_SIZES = {"train": 12_000, "test": 10_000, "unlabelled": 20_000}  # images that can be drawn for each part
+
+Files = dict[str, dict[str, os.stat_result]]  # image files, by their folder's name and by their path
 
 
 class Split(NamedTuple):
@@ -43,8 +46,18 @@ class Split(NamedTuple):
         return Split(self.images[index], self.labels[index])
 
 
+NOTHING = Split(torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+
+
 class Dataset(NamedTuple):
-    """A ten-class image set, split. `name` is how the report calls it; `checksum` covers all pixels and labels."""
+    """A ten-class image set, split.
+
+    - name: how the report calls it
+    - checksum: of all pixels and labels of `train`, `val` and `test`; `part_checksums` has that of `unlabelled`, too
+    - unlabelled: more images, whose labels are all -1; there may be none
+    - hidden_labels: int64 [N], the labels of the unlabelled images where they are known. Only a control may look at
+      them, which says what they are worth.
+    """
 
     name: str
     classes: list[str]
@@ -55,67 +68,125 @@ class Dataset(NamedTuple):
     part_checksums: dict[str, str]
     is_generated: bool
     is_cifar10: bool
+    unlabelled: Split = NOTHING
+    hidden_labels: Tensor | None = None
+
+    @property
+    def with_unlabelled(self) -> Split:
+        """The training images and, after them, the unlabelled ones."""
+        return _joined(self.train, self.unlabelled) if len(self.unlabelled.labels) else self.train
+
+    @property
+    def all_labelled(self) -> Split | None:
+        """The same images with all labels; None where no unlabelled images are there, or their labels are not known."""
+        if self.hidden_labels is None:
+            return None
+        return _joined(self.train, Split(self.unlabelled.images, self.hidden_labels))
 
     @property
     def facts(self) -> dict:
         """What the report and the provenance say about the data."""
-        sizes = {part: len(getattr(self, part).labels) for part in ("train", "val", "test")}
+        sizes = {part: len(getattr(self, part).labels) for part in (*PARTS, "unlabelled")}
         names = ("name", "classes", "checksum", "is_generated", "is_cifar10")
         return {name: getattr(self, name) for name in names} | sizes
+
+
+class _Source(NamedTuple):
+    """All images that there are, before the split.
+
+    - unlabelled: None where these are the training images that the split leaves
+    - files: by part, in the order of the images, where they are files
+    """
+
+    name: str
+    classes: list[str]
+    train: Split
+    test: Split
+    unlabelled: Split | None = None
+    files: Mapping[str, Sequence[str]] = {}
 
 
 def load_data(settings: Settings) -> Dataset:
     """The data set of the settings, split and on the device.
 
-    Raises `UserError` for a missing or unfit folder, an unreadable image, sizes larger than the data, no network.
+    Raises `UserError` for a missing or unfit folder, an unreadable image, sizes larger than the data, no network, and
+    an unlabelled image that is also a test image.
     """
     folder = settings.run_folder
     check_writable(next(path for path in (folder, *folder.parents) if path.exists()), "runs_dir")
     kind = settings.data
-    default_name, classes, train, test = _whole(settings)
-    name = settings.data_name or default_name
+    source = _source(settings)
+    name = settings.data_name or source.name
     if kind != "cifar10" and name == CIFAR10_NAME:
         raise UserError(
             f"data_name: '{CIFAR10_NAME}' names the original images (data = cifar10); "
             "give another, for example 'CIFAR-10, JPEG re-encoding'"
         )
-    (test_indices,) = stratified_split(test.labels, (settings.test_size,), settings.split_seed, "test_size")
-    train_indices, val_indices = _train_and_val(train, settings)
-    parts = {"train": train.at(train_indices), "val": train.at(val_indices), "test": test.at(test_indices)}
+    (test_indices,) = stratified_split(source.test.labels, (settings.test_size,), settings.split_seed, "test_size")
+    sizes = (settings.train_size, settings.val_size)
+    train_indices, val_indices = stratified_split(
+        source.train.labels, sizes, settings.split_seed, "train_size + val_size"
+    )
+    test = source.test.at(test_indices)
+    more = _unlabelled(source, settings, test)
+    is_known = len(more.labels) > 0 and bool((more.labels >= 0).all())
+    parts = {"train": source.train.at(train_indices), "val": source.train.at(val_indices), "test": test}
+    parts["unlabelled"] = Split(more.images, torch.full_like(more.labels, -1))
     checksums = {part: _checksum(split) for part, split in parts.items()}
     return Dataset(
         name,
-        classes,
+        source.classes,
         **{part: split.to(settings.device) for part, split in parts.items()},
-        checksum=fingerprint(checksums),
+        hidden_labels=more.labels.to(settings.device) if is_known else None,
+        checksum=_labelled_checksum(checksums),
         part_checksums=checksums,
         is_generated=kind == "shapes10",
         is_cifar10=kind == "cifar10",
     )
 
 
-def left_over(settings: Settings) -> Split:
-    """The training images of the data that the split leaves, in class order, on the device. There may be none."""
-    train = _whole(settings)[2]
-    unused = torch.ones(len(train.labels), dtype=torch.bool)
-    unused[torch.cat(_train_and_val(train, settings))] = False
-    return train.at(unused).to(settings.device)
-
-
-def _whole(settings: Settings) -> tuple[str, list[str], Split, Split]:
-    """The name, the classes, all training and all test images of the settings' data."""
+def _source(settings: Settings) -> _Source:
     if settings.data == "cifar10":
-        return CIFAR10_NAME, *_cifar10(project_path(settings.data_dir))
+        return _Source(CIFAR10_NAME, *_cifar10(project_path(settings.data_dir)))
     if settings.data == "shapes10":
-        return "shapes10 (generated images)", *_shapes10(settings)
-    folder = project_path(settings.data.removeprefix("folder:").strip())
-    classes, parts = read_image_folder(folder, ("train", "test"), IMAGE_SIZE, settings.run_folder / "data", NUM_CLASSES)
-    return folder.name, classes, parts["train"], parts["test"]
+        train, test, more = _shapes10(settings)
+        return _Source("shapes10 (generated images)", list(shapes.SHAPES10), train, test, more)
+    folder, cache = project_path(settings.data.removeprefix("folder:").strip()), settings.run_folder / "data"
+    classes, listed = _list_parts(folder, ("train", "test"), NUM_CLASSES)
+    parts = _decoded(classes, listed, IMAGE_SIZE, cache)
+    source = _Source(folder.name, classes, parts["train"], parts["test"])
+    if settings.unlabelled_size == 0 or not (folder / "unlabelled").is_dir():
+        return source._replace(files={"train": _paths(listed["train"], classes)})
+    files = _list_unlabelled(folder / "unlabelled")
+    images = _decoded(list(files), {"unlabelled": files}, IMAGE_SIZE, cache)["unlabelled"].images
+    without_labels = Split(images, torch.full((len(images),), -1))
+    return source._replace(unlabelled=without_labels, files={"unlabelled": _paths(files, list(files))})
 
 
-def _train_and_val(train: Split, settings: Settings) -> list[Tensor]:
-    sizes = (settings.train_size, settings.val_size)
-    return stratified_split(train.labels, sizes, settings.split_seed, "train_size + val_size")
+def _unlabelled(source: _Source, settings: Settings, test: Split) -> Split:
+    """The unlabelled images, drawn class by class where their labels are known, with these labels."""
+    pool, part, of_what, taken = source.unlabelled, "unlabelled", "unlabelled images of the data", list[int]()
+    if pool is None:
+        pool, part, of_what = source.train, "train", "training images that the split leaves"
+        taken = [settings.train_size, settings.val_size]
+    there = len(pool.labels) - sum(taken)
+    size = there if settings.unlabelled_size is None else settings.unlabelled_size
+    if size > there:
+        raise UserError(f"unlabelled_size: {size} is more than the {there} {of_what}; lower it")
+    if settings.unlabelled_size is None and not there:
+        print("data: the split leaves no training images: there are no unlabelled images")
+    if not size:
+        return NOTHING
+    *_, index = stratified_split(pool.labels, (*taken, size), settings.split_seed)
+    more = pool.at(index)
+    tested = {image.tobytes() for image in test.images.numpy()}
+    if both := [i for i, image in zip(index.tolist(), more.images.numpy()) if image.tobytes() in tested]:
+        first = shown_path(source.files[part][both[0]]) if part in source.files else f"number {both[0]} of {part}"
+        raise UserError(
+            f"data: {len(both)} of the {size} unlabelled images are test images, too (equal pixels), for example "
+            f"{first}; remove them from one of the two, or use unlabelled_size = 0"
+        )
+    return more
 
 
 def rotate_validation(dataset: Dataset, fold: int) -> Dataset:
@@ -134,13 +205,22 @@ def rotate_validation(dataset: Dataset, fold: int) -> Dataset:
             f"{len(train.labels) // size} of {size}, use one of them"
         )
     before, after = train.at(slice(held_out.start)), train.at(slice(held_out.stop, None))
-    val, train = train.at(held_out), Split(*map(torch.cat, zip(before, old_val, after)))
+    val, train = train.at(held_out), _joined(before, old_val, after)
     checksums = dataset.part_checksums | {"train": _checksum(train), "val": _checksum(val)}
-    return dataset._replace(train=train, val=val, part_checksums=checksums, checksum=fingerprint(checksums))
+    return dataset._replace(train=train, val=val, part_checksums=checksums, checksum=_labelled_checksum(checksums))
+
+
+def _joined(*splits: Split) -> Split:
+    return Split(*map(torch.cat, zip(*splits)))
 
 
 def _checksum(split: Split) -> str:
     return tensor_checksum(split._asdict())[:16]
+
+
+def _labelled_checksum(checksums: Mapping[str, str]) -> str:
+    """Without that of the unlabelled images: what does not use them does not depend on them."""
+    return fingerprint({part: checksums[part] for part in PARTS})
 
 
 def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int, name: str = "sizes") -> list[Tensor]:
@@ -190,18 +270,19 @@ def _cifar10(folder: Path) -> tuple[list[str], Split, Split]:
     return list(part.classes), parts[0], parts[1]
 
 
-def _shapes10(settings: Settings) -> tuple[list[str], Split, Split]:
-    classes = list(shapes.SHAPES10)
+def _shapes10(settings: Settings) -> list[Split]:
+    """Images for training, testing, and without labels."""
     asked = {"train": settings.train_size + settings.val_size, "test": settings.test_size}
+    asked["unlabelled"] = SHAPES10_SIZES["unlabelled"] if settings.unlabelled_size is None else settings.unlabelled_size
     parts = []
     for seed, (part, count) in enumerate(asked.items()):
         if count > SHAPES10_SIZES[part]:
-            size = "train_size or val_size" if part == "train" else "test_size"
+            size = "train_size or val_size" if part == "train" else f"{part}_size"
             raise UserError(
                 f"data: shapes10 has {SHAPES10_SIZES[part]} images for {part}, {count} were asked for; lower {size}"
             )
-        parts.append(Split(*shapes.draw(classes, count, seed=seed)))
-    return classes, parts[0], parts[1]
+        parts.append(Split(*shapes.draw(shapes.SHAPES10, count, seed=seed)))
+    return parts
 
 
 def read_image_folder(
@@ -211,6 +292,12 @@ def read_image_folder(
 
     Raises `UserError` for missing folders, classes that differ among the parts or are not `num_classes`, bad images.
     """
+    classes, files = _list_parts(folder, names, num_classes)
+    return classes, _decoded(classes, files, size, cache)
+
+
+def _list_parts(folder: Path, names: Sequence[str], num_classes: int | None) -> tuple[list[str], dict[str, Files]]:
+    """The classes, and the files of each part."""
     files = {part: _list_images(folder / part) for part in names}
     first = files[names[0]]
     classes = sorted(first)
@@ -228,6 +315,11 @@ def read_image_folder(
         raise UserError(
             f"data: {shown_path(folder / names[0])} holds {len(classes)} class folders; it must hold {num_classes}"
         )
+    return classes, files
+
+
+def _decoded(classes: Sequence[str], files: Mapping[str, Files], size: int, cache: Path) -> dict[str, Split]:
+    """The images of each part; the label is the number of the folder in `classes`. Decoded once, then kept."""
     listed = "".join(
         f"{part}/{name}/{os.path.basename(path)} {facts.st_size} {facts.st_mtime_ns}\n"
         for part, by_class in files.items()
@@ -242,32 +334,66 @@ def read_image_folder(
             f"{part}_{field}": tensor
             for part, by_class in files.items()
             for field, tensor in _decode(by_class, classes, part, size)._asdict().items()
-        }, {"classes": classes}
+        }, {"classes": list(classes)}
 
     tensors = cached(cache, "images", key, make).tensors
-    return classes, {part: Split(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in names}
+    return {part: Split(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in files}
 
 
-def _list_images(folder: Path) -> dict[str, dict[str, os.stat_result]]:
+class _Listing(NamedTuple):
+    """What lies in a folder: image files with their sizes and times, other entries, links (itself among them)."""
+
+    images: dict[str, os.stat_result]
+    others: list[str]
+    links: list[str]
+
+
+def _list_images(folder: Path) -> Files:
     """The image files of every class folder, by name, with their sizes and times."""
     if not folder.is_dir():
         raise UserError(f"data: there is no folder {shown_path(folder)}; it must hold one folder of images per class")
-    found, others, links = {}, [], []
-    for sub in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        with os.scandir(sub) as entries:
-            files = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-        images = [entry for entry in files if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES]
-        if not images:
-            raise UserError(f"data: the class folder {shown_path(sub)} holds no images; add some or remove it")
-        found[sub.name] = {entry.path: _stat(entry) for entry in images}
-        others += [entry.path for entry in files if entry.path not in found[sub.name] and entry.name != "Thumbs.db"]
-        may_lead_out = [str(sub), *(entry.path for entry in images if entry.is_symlink())]
-        links += [Path(path) for path in may_lead_out if os.path.islink(path)]
-    links = [link for link in links if not link.resolve().is_relative_to(folder.resolve())]
+    found = {sub.name: _list(sub) for sub in _folders_in(folder)}
+    for name, listing in found.items():
+        if not listing.images:
+            raise UserError(
+                f"data: the class folder {shown_path(folder / name)} holds no images; add some or remove it"
+            )
+    return _told(folder, found)
+
+
+def _list_unlabelled(folder: Path) -> Files:
+    """The image files of a folder (by the name '') and of the folders in it, with their sizes and times."""
+    own, within = _list(folder), _folders_in(folder)
+    own = own._replace(others=[path for path in own.others if not os.path.isdir(path)])
+    found = {"": own, **{sub.name: _list(sub) for sub in within}}
+    if not any(listing.images for listing in found.values()):
+        raise UserError(f"data: the folder {shown_path(folder)} holds no images; add some or remove it")
+    return _told(folder, found)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _list(folder: Path) -> _Listing:
+    with os.scandir(folder) as entries:
+        files = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    images = [entry for entry in files if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES]
+    found = {entry.path: _stat(entry) for entry in images}
+    others = [entry.path for entry in files if entry.path not in found and entry.name != "Thumbs.db"]
+    links = [str(folder)] if folder.is_symlink() else []
+    return _Listing(found, others, [*links, *(entry.path for entry in images if entry.is_symlink())])
+
+
+def _told(folder: Path, found: Mapping[str, _Listing]) -> Files:
+    """The files, after a line on those that are ignored, and one on links out of the folder."""
+    others = [path for listing in found.values() for path in listing.others]
+    links = [path for listing in found.values() for path in listing.links]
+    links = [link for link in links if not Path(link).resolve().is_relative_to(folder.resolve())]
     for what, paths in (("files are not images by their names: ignored", others), ("links lead out of it", links)):
         if paths:
             print(f"data: {shown_path(folder)}: {len(paths)} {what}, for example {shown_path(paths[0])}")
-    return found
+    return {name: listing.images for name, listing in found.items()}
 
 
 def _stat(entry: os.DirEntry) -> os.stat_result:
@@ -281,12 +407,18 @@ def _stat(entry: os.DirEntry) -> os.stat_result:
     return facts
 
 
-def _decode(by_class: Mapping[str, Iterable[str]], classes: Sequence[str], part: str, size: int) -> Split:
-    paths = [(path, label) for label, name in enumerate(classes) for path in by_class[name]]
+def _decode(by_class: Files, classes: Sequence[str], part: str, size: int) -> Split:
+    paths = _paths(by_class, classes)
     images = np.empty((len(paths), 3, size, size), dtype=np.uint8)
-    for i, (path, _) in enumerate(tqdm(paths, desc=f"reading {part} images", leave=False, disable=None)):
+    for i, path in enumerate(tqdm(paths, desc=f"reading {part} images", leave=False, disable=None)):
         images[i] = read_image(Path(path), size).transpose(2, 0, 1)
-    return Split(torch.from_numpy(images), torch.tensor([label for _, label in paths]))
+    labels = [label for label, name in enumerate(classes) for _ in by_class[name]]
+    return Split(torch.from_numpy(images), torch.tensor(labels))
+
+
+def _paths(by_class: Files, classes: Sequence[str]) -> list[str]:
+    """The files in the order of the images."""
+    return [path for name in classes for path in by_class[name]]
 
 
 def read_image(path: Path, size: int = IMAGE_SIZE) -> np.ndarray:

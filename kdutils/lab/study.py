@@ -1,4 +1,4 @@
-"""The study: methods beyond those of the four notebooks. Controls, other losses, longer training, unlabelled images.
+"""The study: methods beyond those of the four notebooks. Controls, other losses, longer training.
 
 `GROUPS` lists them. Each is a function of a `Study` and can be trained alone, so that processes can share the work.
 """
@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, cast
 
-import torch
-
-from kdutils.data.images import Dataset, Split, left_over, load_data
+from kdutils.data.images import Dataset, load_data
 from kdutils.data.views import view_table
 from kdutils.losses import class_mean, cross_entropy
 from kdutils.parallel import run_jobs
@@ -32,24 +30,19 @@ OTHER_LOSSES: dict[str, dict[str, Any]] = {
     "dist": {"temperature": 4.0, "alpha": 0.75},
     "kd_standardized": {"temperature": 2.0, "alpha": 0.5},
 }
-TWO_VIEWS: dict[str, Any] = {"max_shift": 0, "shift_step": 1}  # an image and its mirror image
 
 
 class Entry(NamedTuple):
-    """A method of the study: the task it belongs to, its name in words, its own settings, and its training images if
-    they are not those of the data set."""
+    """A method of the study: the task it belongs to, its name in words, and its own settings."""
 
     task: str
     words: str
     method: Method
     settings: Settings
-    train: Split | None = None
 
     def rows(self, runs: Sequence[StudentRun], dataset: Dataset, teachers: Sequence[Teacher] = ()) -> list[dict]:
-        """Rows of results.csv of its students, with the number of labels they were trained on."""
-        labels = self.settings.train_size if self.train is None else int((self.train.labels >= 0).sum())
-        rows = student_rows(self.task, runs, dataset, self.settings, teachers)
-        return [row | {"labels": labels} for row in rows]
+        """Rows of results.csv of its students."""
+        return student_rows(self.task, runs, dataset, self.settings, teachers)
 
 
 class Study:
@@ -80,36 +73,20 @@ class Study:
     def other_teacher(self) -> Teacher:
         return next(teacher for teacher in self.teachers if teacher is not self.teacher)
 
-    @cached_property
-    def all_labelled(self) -> Split:
-        """The training images and, after them, all that the split leaves over; with all labels."""
-        train, rest = self.dataset.train, left_over(self.settings)
-        return Split(torch.cat([train.images, rest.images]), torch.cat([train.labels, rest.labels]))
-
-    @cached_property
-    def with_unlabelled(self) -> Split:
-        """The same images, those left over without their labels."""
-        images, labels = self.all_labelled
-        unknown = torch.arange(len(labels), device=labels.device) >= len(self.dataset.train.labels)
-        return Split(images, labels.masked_fill(unknown, -1))
-
-    def long(self, train: Split | None = None) -> Settings:
-        """Settings for `LONG` epochs; on other training images, for as many epochs as take about as many steps."""
-        usual, size = self.dataset.train, self.settings.batch_size
-        batches, usual_batches = (len(part.labels) // size for part in (train or usual, usual))
-        return dataclasses.replace(self.settings, epochs=max(1, round(LONG * usual_batches / batches)))
+    @property
+    def long(self) -> Settings:
+        """Settings for `LONG` epochs."""
+        return dataclasses.replace(self.settings, epochs=LONG)
 
     def train(self, entry: Entry, seeds: Sequence[int] | None = None) -> list[StudentRun]:
         """The trained students of a method; if asked, of some seeds only."""
         settings = dataclasses.replace(entry.settings, seeds=list(seeds or entry.settings.seeds))
-        return train_students(entry.method, self.dataset, settings, entry.train)
+        return train_students(entry.method, self.dataset, settings)
 
     def prepare(self) -> None:
         """Make what several students need: the teachers, and their soft labels of every image and view."""
         for teacher in self.teachers:
             soft_labels(teacher, self.dataset.train.images, len(view_table(**self.settings.views)))
-        if "unlabelled" in self.settings.study:
-            soft_labels(self.teacher, self.with_unlabelled.images, len(view_table(**TWO_VIEWS)))
 
 
 def _no_label_smoothing(study: Study) -> Entry:
@@ -136,31 +113,18 @@ def _other_loss(study: Study, name: str, words: str) -> Entry:
     return Entry("3", words, named_method(name, settings, [study.teacher]), study.settings)
 
 
-def _scratch_long(study: Study, task: str = "1") -> Entry:
-    return Entry(task, "From scratch", named_method("scratch", study.settings), study.long())
+def _scratch_long(study: Study) -> Entry:
+    return Entry("1", "From scratch", named_method("scratch", study.settings), study.long)
 
 
-def _kd_long(study: Study, which: str = "teacher", task: str = "3") -> Entry:
+def _kd_long(study: Study, which: str = "teacher") -> Entry:
     teacher: Teacher = getattr(study, which)
     method = named_method("kd", study.settings, [teacher])
-    return Entry(task, f"Distilled from {teacher_words(teacher.label)}", method, study.long())
+    return Entry("3", f"Distilled from {teacher_words(teacher.label)}", method, study.long)
 
 
 def _two_long(study: Study) -> Entry:
-    return Entry("4", "Distilled from both", named_method("kd", study.settings, study.teachers), study.long())
-
-
-def _kd_unlabelled(study: Study) -> Entry:
-    train = study.with_unlabelled
-    method = dataclasses.replace(named_method("kd", study.settings, [study.teacher]), name="kd_unlabelled")
-    settings = dataclasses.replace(study.long(train), **TWO_VIEWS)
-    return Entry("extra", "Distilled, with unlabelled images", method, settings, train)
-
-
-def _scratch_all_labels(study: Study) -> Entry:
-    """What the labels of those images would be worth."""
-    method = dataclasses.replace(named_method("scratch", study.settings), name="scratch_all_labels")
-    return Entry("extra", "From scratch, all labels", method, study.long(study.all_labelled), study.all_labelled)
+    return Entry("4", "Distilled from both", named_method("kd", study.settings, study.teachers), study.long)
 
 
 GROUPS: dict[str, dict[str, Callable[[Study], Entry]]] = {
@@ -177,12 +141,6 @@ GROUPS: dict[str, dict[str, Callable[[Study], Entry]]] = {
         "kd_long": _kd_long,
         "kd_long_other": partial(_kd_long, which="other_teacher"),
         "two_long": _two_long,
-    },
-    "unlabelled": {
-        "scratch_equal_steps": partial(_scratch_long, task="extra"),
-        "kd_equal_steps": partial(_kd_long, task="extra"),
-        "kd_unlabelled": _kd_unlabelled,
-        "scratch_all_labels": _scratch_all_labels,
     },
 }
 
