@@ -172,8 +172,8 @@ class InFloat32(nn.Conv2d):
 def depthwise_in_float32(module: nn.Module) -> nn.Module:
     """Let every depthwise convolution compute in float32 on a CPU, in place; parameters keep their names.
 
-    For a network that is trained with bfloat16 autocast, of which the rest stays in bfloat16: on a CPU, torch has no fast
-    backward pass in bfloat16 for depthwise convolutions with a stride, or with filters larger than 3x3.
+    For a network that is trained with bfloat16 autocast, of which the rest stays in bfloat16: on a CPU, torch has no
+    fast backward pass in bfloat16 for depthwise convolutions with a stride, or with filters larger than 3x3.
     """
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels > 1 and not isinstance(conv, InFloat32):

