@@ -165,7 +165,9 @@ def test_a_sweep_is_every_trial_on_every_fold_and_nothing_twice(write, profile, 
 
 
 def test_students_from_scratch_rotate_their_folds(write, tiny_profile, tmp_path):
-    sweep = read_sweep(write(what="scratch", folds=[0, 2], fixed={"epochs": 1}, grids=[{}, {"learning_rate": [0.01]}]))
+    sweep = read_sweep(
+        write(what="scratch", teachers=None, folds=[0, 2], fixed={"epochs": 1}, grids=[{}, {"learning_rate": [0.01]}])
+    )
     rows = run_sweep(sweep, tiny_profile(), {}, tmp_path / "x.csv")
     assert len(rows) == 4 and set(rows.what) == {"scratch"} and set(rows.weights) == {""} and set(rows.epochs) == {1}
     assert len(set(rows.val_nll)) == 4
@@ -295,7 +297,8 @@ def test_committed_sweeps_are_shown_for_their_own_images_and_weights_alone(tiny,
         ("of-other-images", "kd", teacher.checksum, "x+y"), ("not-run", "kd", None, data), ("alone", "scratch", "", data),
     ):  # fmt: skip
         sweep = GOOD | {"what": what, "folds": [0], "fixed": {}, "grids": [{}]}
-        sweep |= {"teachers": "resnet18"} if what == "kd" else {}
+        if what == "scratch":
+            del sweep["teachers"]
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(sweep))
         if weights is not None:
             row = {column: 0 for column in COLUMNS} | {"data": seen, "weights": weights}
@@ -332,7 +335,7 @@ def test_folds_hold_out_every_image_once(toy_data):
 
 
 def test_weights_are_checked_unless_the_teacher_is_made(tiny, weights_folder, toy_data, tmp_path, monkeypatch):
-    record = {"name": "resnet18", "weights": shutil.copytree(weights_folder, tmp_path / "weights")}
+    record = {"name": "resnet18", "weights": str(shutil.copytree(weights_folder, tmp_path / "weights"))}
     settings = tiny(max_shift=0, teachers=[record, record | {"label": "R34", "name": "resnet34"}])
     one, other = settings.teachers
     check_weights(one, toy_data, settings)
