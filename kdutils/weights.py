@@ -174,9 +174,9 @@ def weights_file(folder: Path, name: str) -> Path:
 
 def head_of(network: nn.Module, name: str) -> str:
     """The name of a classifier's last layer. Raises `UserError` where it is not one linear layer."""
-    config = getattr(network, "pretrained_cfg", None)  # timm's
+    config = getattr(network, "pretrained_cfg", None) or {}  # timm's
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
-    head = config["classifier"] if config else (linear or [""])[-1]
+    head = config.get("classifier") or (linear or [""])[-1]
     if head not in linear:
         raise UserError(
             f"teachers: the last layer of {name} is not one linear layer ({head!r}); use another network, such as "
