@@ -68,7 +68,7 @@ def profile(text):
     return call
 
 
-def folder(change):
+def folder(change, **settings):
     """A folder of images, ten classes with two images each, after that change to it."""
 
     def call(w):
@@ -79,7 +79,8 @@ def folder(change):
                 for i in range(2):
                     Image.new("RGB", (32, 32), (number, i, 0)).save(root / part / f"class{number}" / f"{i}.png")
         change(root)
-        load_data(w.settings(data=f"folder:{root}", train_size=10, batch_size=5, teacher_batch_size=5))
+        sizes = {"train_size": 10, "batch_size": 5, "teacher_batch_size": 5, **settings}
+        load_data(w.settings(data=f"folder:{root}", **sizes))
 
     return call
 
@@ -93,6 +94,23 @@ def image(fill):
         path.write_bytes(fill) if isinstance(fill, bytes) else fill(path)
 
     return folder(change)
+
+
+def unlabelled(make, size=1):
+    """The same with a folder `unlabelled`, which `make` fills, and so many images asked of it."""
+
+    def change(root):
+        (root / "unlabelled").mkdir()
+        make(root / "unlabelled")
+
+    return folder(change, unlabelled_size=size, test_size=20)
+
+
+def some_of_the_test(unlabelled):
+    """Two of the test images, and another."""
+    for number in range(2):
+        shutil.copy(unlabelled.parent / "test" / "class3" / f"{number}.png", unlabelled / f"{number}.png")
+    Image.new("RGB", (32, 32), (200, 0, 0)).save(unlabelled / "other.png")
 
 
 def png(width, height):
@@ -389,6 +407,19 @@ BAD = {
     **{f"a {what} called an image": (image(make),
         "data: TMP/mine/train/class3/1.png has the name of an image, but is not a file; fix or remove it")
        for what, make in (("folder", lambda path: path.mkdir()), ("pipe", lambda path: os.mkfifo(path)))},
+    "more unlabelled images than are left": (folder(lambda root: None, unlabelled_size=1),
+        "unlabelled_size: 1 is more than the 0 training images that the split leaves; lower it"),
+    "more unlabelled images than are drawn": (run("-p", "unlabelled_size", "20001"),
+        "data: shapes10 has 20000 images for unlabelled, 20001 were asked for; lower unlabelled_size"),
+    "more unlabelled images than there are": (unlabelled(some_of_the_test, size=9),
+        "unlabelled_size: 9 is more than the 3 unlabelled images of the data; lower it"),
+    "no unlabelled images in their folder": (unlabelled(lambda path: (path / "trip").mkdir()),
+        "data: the folder TMP/mine/unlabelled holds no images; add some or remove it"),
+    "half an unlabelled image": (unlabelled(lambda path: (path / "x.png").write_bytes(png(32, 32)[:40])),
+        f"data: TMP/mine/unlabelled/x.png cannot be read as an image ({UNKNOWN}); fix or remove it"),
+    "unlabelled images that are tested": (unlabelled(some_of_the_test, size=3),
+        "data: 2 of the 3 unlabelled images are test images, too (equal pixels), for example "
+        "TMP/mine/unlabelled/...png; remove them from one of the two, or use unlabelled_size = 0"),
     # weights
     "another network's weights": (weights({"conv1.weight": torch.zeros(1)}),
         "weights: this is not the state dict of resnet18 (size mismatch for conv1.weight: ...); use one that is"),
