@@ -130,7 +130,8 @@ def stirred(network):
 @cache
 def random_network(name="resnet18"):
     """A network of random weights, the same in all tests: copy it before you change it."""
-    return stirred(seeded(1, getattr(ensure_torchvision().models, name)) if "resnet" in name else build(name))
+    of_torchvision = getattr(ensure_torchvision().models, name, None)
+    return stirred(seeded(1, of_torchvision) if of_torchvision else build(name))
 
 
 @pytest.fixture(scope="session")

@@ -291,7 +291,7 @@ def _normal(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_the_tasks(results: pd.DataFrame, epochs: int | None) -> pd.DataFrame:
-    """The rows of results.csv about the classifiers of the four tasks at the report's epochs, without the study's: those
+    """The rows of results.csv about the classifiers of the four tasks at the report's epochs, not the study's: those
     of its arms, and of other teachers than the two that taught one student together."""
     rows = at_epochs(results, "", epochs)
     rows = rows[rows.task.isin(("1", "2", "3", "4")) & rows.arm.isin(TASK_ARMS)]
@@ -405,7 +405,9 @@ def _mean_accuracies(results: pd.DataFrame, provenance: Mapping[str, Any]) -> di
 
 def _teachers(means: Mapping[tuple[str, str], float], two: Mapping[str, str]) -> dict[str, float]:
     """Those of the two teachers, in the settings' order."""
-    return {two[role]: means["teacher", two[role]] for role in ("first", "second") if ("teacher", two.get(role)) in means}
+    return {
+        two[role]: means["teacher", two[role]] for role in ("first", "second") if ("teacher", two.get(role)) in means
+    }
 
 
 def _best_from_scratch(results: pd.DataFrame) -> tuple[str, float] | None:
