@@ -309,8 +309,8 @@ def test_a_network_that_torchvision_has_no_imagenet_weights_of():
 
 TOY = {
     "train_size": 120, "val_size": 40, "test_size": 40, "max_shift": 0, "shift_step": 1, "seeds": [0], "epochs": 1,
-    "batch_size": 20, "teacher_size": 32, "teacher_seeds": [0], "teacher_batch_size": 20, "device": "cpu",
-    "precision": "float32", "threads": 1,
+    "unlabelled_epochs": 1, "batch_size": 20, "teacher_size": 32, "teacher_seeds": [0], "teacher_batch_size": 20,
+    "device": "cpu", "precision": "float32", "threads": 1,
     "teachers": [{**one, "epochs": 1} for one in read_profile("cifar10")["teachers"]],
 }  # fmt: skip
 
