@@ -110,7 +110,7 @@ WORKERS = (
 )
 STUDENT = (
     option("--arm", default="kd_mean_prob", help="method of the student (default: %(default)s)"),
-    option("--teachers", metavar="A+B", help="its teachers, where several students differ in them: resnet50+resnet18"),
+    option("--teachers", metavar="A+B", help="its teachers, where several students differ in them: Lite2+Lite0"),
     option("--seed", type=int, help="its seed (default: the lowest)"),
 )
 REPORT_FOLDER = option("--out", metavar="FOLDER", help="where the report goes (default: the run's folder)")
@@ -148,22 +148,20 @@ def run(options: argparse.Namespace) -> None:
 
     python -m kdutils run --profile demo
     python -m kdutils run --profile demo -p epochs 3 -p seeds "[0, 1]"
-    python -m kdutils run --profile cifar10-standin -p data folder:data/cifar10-jpeg -p weights weights --report
+    python -m kdutils run --profile cifar10-lite --report
     """
     if options.out and not options.report:
         raise UserError("--out: it names the folder of the report, but no report is made; add --report")
     settings = _settings(options)
     from kdutils.lab.study import check_groups
     from kdutils.report import batch
-    from kdutils.results.record import read_results
-    from kdutils.results.tables import results_table, text_table
 
-    check_groups(settings.study)
+    check_groups(settings)
     settings = batch.run(options.profile, _parameters(options))
     if options.report:
         _make_report(settings, options)
     else:
-        print(text_table(results_table(read_results(settings.run_folder))))
+        _print_outcome(settings)
 
 
 @command(*PROFILE, REPORT_FOLDER, option("--pdf-only", action="store_true", help="typeset what FOLDER/generated holds"))
@@ -185,16 +183,24 @@ def report(options: argparse.Namespace) -> None:
 def _make_report(settings: Settings, options: argparse.Namespace) -> None:
     from kdutils.report import batch
     from kdutils.report.latex import LatexMissing
-    from kdutils.results.record import read_results
-    from kdutils.results.tables import results_table, text_table
 
     out = _folder(options.out, settings.run_folder)
     generated = batch.export(settings, out)
-    print(text_table(results_table(read_results(settings.run_folder))))
     try:
-        print(f"report: {shown_path(batch.typeset(generated, out / 'report.pdf'))}")
+        where = shown_path(batch.typeset(generated, out / "report.pdf"))
     except LatexMissing as error:  # all but the PDF is there, and the message says how to get it
-        print(f"report: {error}")
+        where = str(error)
+    _print_outcome(settings)
+    print(f"report: {where}")
+
+
+def _print_outcome(settings: Settings) -> None:
+    """The table of results, and under it what came out, in words."""
+    from kdutils.results.record import read_provenance, read_results
+    from kdutils.results.tables import outcome, results_table, text_table
+
+    found = read_results(settings.run_folder), read_provenance(settings.run_folder)
+    print(text_table(results_table(found[0])), "\n".join(outcome(*found)), sep="\n\n")
 
 
 @command(*PROFILE, option("--committed", action="store_true", help="of the report in this repository instead"))
@@ -222,7 +228,7 @@ def predict(options: argparse.Namespace) -> None:
     """Classify pictures with a trained student
 
     python -m kdutils predict --profile demo cat.png dog.jpg
-    python -m kdutils predict --profile demo --arm kd --teachers resnet18 --seed 1 *.png
+    python -m kdutils predict --profile demo --arm kd --teachers tf_efficientnet_lite0 --seed 1 *.png
     python -m kdutils predict --profile demo --json cat.png > cat.json
     """
     if options.top < 1:
@@ -253,7 +259,7 @@ def predict(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Write a trained student as ONNX or TorchScript, and check it
 
-    python -m kdutils export --profile demo              runs/demo/export/kd_mean_prob-resnet50-resnet18-seed0.onnx
+    python -m kdutils export --profile demo              writes into runs/demo/export
     python -m kdutils export --profile demo --format torchscript --arm scratch --out models
 
     A file takes pixels, uint8 [N, 3, 32, 32] (RGB, 0 to 255), and gives logits, float32 [N, classes]. Its metadata hold
@@ -315,16 +321,16 @@ def sweep(options: argparse.Namespace) -> None:
 def study(options: argparse.Namespace) -> None:
     """Train the study's students: controls, other losses, longer training
 
-    python -m kdutils study --profile cifar10-standin -p study '["controls", "losses"]' --workers 2
+    python -m kdutils study --profile cifar10-lite -p study '["controls", "losses"]' --workers 2
 
     Afterwards, `python -m kdutils run` with the same -p study shows the results (--report: in the report, too).
     """
     workers, settings = _workers(options), _settings(options)
     from kdutils.lab.study import check_groups, entries_of, run_study
 
-    check_groups(settings.study)
+    check_groups(settings)
     run_study(options.profile, _parameters(options), workers, options.scheduler)
-    print(f"trained: {', '.join(entries_of(settings.study))}; in {shown_path(settings.run_folder)}")
+    print(f"trained: {', '.join(entries_of(settings))}; in {shown_path(settings.run_folder)}")
 
 
 @command(

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from kdutils.settings import Settings
 
-# how many methods each notebook trains students with that none before it has
-STUDENTS = {"01_small_cnn": 1, "02_two_big_cnns": 0, "03_one_teacher": 2, "04_two_teachers": 3}
+# How many methods each notebook trains students with that none before it has: for `epochs`, and for `unlabelled_epochs`
+STUDENTS = {"01_small_cnn": (1, 0), "02_two_big_cnns": (0, 0), "03_one_teacher": (2, 3), "04_two_teachers": (3, 1)}
 _LINE = re.compile(r"(?P<stage>.+?): (epoch (?P<epoch>\d+)/\d+, (?P<whole>loss )?|\d+/\d+, ).*s left")
 
 
@@ -29,9 +29,12 @@ class Batch:
     def __init__(self, notebooks: Sequence[str], settings: Settings, width: int):
         self.width, self.stage = width, ""
         self.teachers = tuple(teacher.label for teacher in (*settings.teachers, *settings.backbones))
-        epochs = len(settings.seeds) * settings.epochs
+        unlabelled = 0 if settings.unlabelled_size == 0 else settings.unlabelled_epochs
         # epochs of students by notebook, less those seen; None: unknown
-        self.due = {name: STUDENTS[name] * epochs if name in STUDENTS else None for name in notebooks}
+        self.due: dict[str, int | None] = dict.fromkeys(notebooks)
+        for name in self.due.keys() & STUDENTS.keys():
+            usual, more = STUDENTS[name]
+            self.due[name] = len(settings.seeds) * (usual * settings.epochs + more * unlabelled)
         self.seconds: list[float] = []  # of the students' last epochs
         self.last = ("", 0, 0.0)  # the stage, epoch and time of the last one
 

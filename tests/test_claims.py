@@ -1,28 +1,31 @@
 """kdutils.report.claims: the results choose what the report says."""
 
+import dataclasses
 import re
 
 import pandas as pd
 import pytest
 import torch
-from conftest import message_of
+from conftest import fake_teacher, message_of
 
-from kdutils.report.claims import CLAIMS, FEW_SEEDS, PRIMARY, claim_values, primary_table
+from kdutils.report.claims import CLAIMS, FEW_SEEDS, claim_values, primary_table
 from kdutils.students import StudentRun
 
-BOTH = "resnet50+resnet18"
-SETTINGS = {"epochs": 30, "label_smoothing": 0.1, "train_size": 9000, "resnet50_trainable": "last_layer",
-            "resnet18_trainable": "last_block"}  # fmt: skip
+BOTH = "A+B"
+TEACHERS = [{"label": "A", "trainable": "last_layer", "weights": "imagenet"},
+            {"label": "B", "trainable": "last_block", "weights": "imagenet"}]  # fmt: skip
+SETTINGS = {"epochs": 30, "label_smoothing": 0.1, "train_size": 9000, "teachers": TEACHERS}
 CORE_ARMS = {
-    ("1", "scratch", "", 30): 0.70, ("2", "last_layer", "resnet50", 20): 0.80, ("2", "last_block", "resnet18", 10): 0.82,
-    ("3", "kd", "resnet50", 30): 0.72, ("3", "kd", "resnet18", 30): 0.73, ("4", "kd_mean_prob", BOTH, 30): 0.74,
+    ("1", "scratch", "", 30): 0.70, ("2", "last_layer", "A", 20): 0.80, ("2", "last_block", "B", 10): 0.82,
+    ("3", "kd", "A", 30): 0.72, ("3", "kd", "B", 30): 0.73, ("4", "kd_mean_prob", BOTH, 30): 0.74,
 }  # fmt: skip
 ALL_ARMS = CORE_ARMS | {
-    ("1", "no_label_smoothing", "", 30): 0.69, ("3", "kd_class_mean", "resnet18", 30): 0.71,
-    ("3", "dkd", "resnet18", 30): 0.75, ("3", "dist", "resnet18", 30): 0.75, ("3", "kd_standardized", "resnet18", 30): 0.75,
-    ("3", "kd_tuned", "resnet50", 30): 0.73, ("3", "kd_tuned", "resnet18", 30): 0.74, ("1", "scratch", "", 100): 0.72,
-    ("3", "kd", "resnet18", 100): 0.76, ("3", "kd", "resnet50", 100): 0.75, ("extra", "kd_unlabelled", "resnet18", 18): 0.76,
-    ("extra", "scratch_all_labels", "", 18): 0.80, ("extra", "scratch", "", 100): 0.72, ("extra", "kd", "resnet18", 100): 0.74,
+    ("3", "scratch_equal_steps", "", 98): 0.69, ("3", "scratch_all_labels", "", 98): 0.80,
+    ("3", "kd_unlabelled", "B", 98): 0.76, ("4", "kd_mean_prob_unlabelled", BOTH, 98): 0.77,
+    ("1", "no_label_smoothing", "", 30): 0.69, ("3", "kd_class_mean", "B", 30): 0.71,
+    ("3", "dkd", "B", 30): 0.75, ("3", "dist", "B", 30): 0.75, ("3", "kd_standardized", "B", 30): 0.75,
+    ("3", "kd_tuned", "A", 30): 0.73, ("3", "kd_tuned", "B", 30): 0.74, ("1", "scratch", "", 100): 0.72,
+    ("3", "kd", "B", 100): 0.76, ("3", "kd", "A", 100): 0.75,
 }  # fmt: skip
 
 
@@ -37,8 +40,8 @@ def rows(arms=CORE_ARMS, seeds=5, noise=0.001):
     return pd.DataFrame(lines, columns="task arm teachers labels epochs seed split metric value".split())
 
 
-def values(frame, **changes):
-    return claim_values(frame, {"settings": SETTINGS | changes})
+def values(frame, better="B", **changes):
+    return claim_values(frame, {"settings": SETTINGS | changes, "better_teacher": better})
 
 
 def moved(frame, arm, accuracies, split="test", **where):
@@ -57,10 +60,10 @@ def moved(frame, arm, accuracies, split="test", **where):
     ([0.70, 0.71, 0.69, 0.70, 0.70], "makes no clear difference to the student's test accuracy (+0.00 points, 95 % CI "),
 ])  # fmt: skip
 def test_a_sentence_follows_the_numbers_and_gives_them(two, said):
-    found = values(moved(moved(rows(), "scratch", [0.70] * 5), "kd_mean_prob", two))
-    assert found["claim/two-teachers"].startswith(f"Distillation from both teachers {said}")
-    assert found["claim/two-teachers"].endswith(").") and "Holm-adjusted p = " in found["claim/two-teachers"]
-    assert found["short/two-teachers"] == found["claim/two-teachers"].partition(" (")[0] + "."
+    found = values(moved(moved(rows(), "scratch", [0.70] * 5), "kd", two, teachers="B"))
+    assert found["claim/kd-second"].startswith(f"Distillation from B {said}")
+    assert found["claim/kd-second"].endswith(").") and "Holm-adjusted p = " in found["claim/kd-second"]
+    assert found["short/kd-second"] == found["claim/kd-second"].partition(" (")[0] + "."
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -75,7 +78,7 @@ def test_too_few_seeds_claim_nothing_and_the_report_says_so_once(seeds):
 
 def test_every_claim_is_made_where_its_arms_are_there():
     found = values(rows(ALL_ARMS))
-    names = {claim.name for claims in CLAIMS.values() for claim in claims} - {"kd-*"} | {"kd-resnet50", "kd-resnet18"}
+    names = {claim.name for claims in CLAIMS.values() for claim in claims} - {"kd-*"} | {"kd-first", "kd-second"}
     assert {key.removeprefix("claim/") for key in found if key.startswith("claim/")} == names
     assert {f"group/{group}" for group in (*CLAIMS, "study", "smoothing")} <= found.keys()
     assert not any("{" in text or "*" in text for text in found.values())
@@ -110,36 +113,28 @@ def test_only_common_seeds_are_compared():
     assert "n = 3)" in found["claim/longer-better"] and "n = 5" in found["claim/two-better"]
 
 
-def test_validation_images_choose_the_better_and_the_stronger_teacher():
-    found = values(rows())
-    assert found["better/words"] == "ResNet-18" and "teacher, ResNet-18, raises" in found["claim/stronger-teacher"]
-    other = moved(moved(rows(), "kd", [0.9] * 5, "val", teachers="resnet50"), "last_layer", [0.9] * 5, "val")
-    assert values(other)["better/words"] == "ResNet-50"
-    assert "from ResNet-50 alone" in values(other)["claim/two-better"]
-    assert "teacher, ResNet-50, lowers" in values(other)["claim/stronger-teacher"]
-    upside_down = rows().assign(value=lambda frame: frame.value.where(frame.split == "val", 1 - frame.value))
-    assert values(upside_down)["better/words"] == "ResNet-18"
+def test_the_better_teacher_is_the_one_that_the_provenance_names():
+    found = values(rows(), better="B")
+    assert found["claim/better-teacher"].startswith("Learning from the more accurate teacher, B, raises")
+    assert "from B alone" in found["claim/two-better"]
+    found = values(rows(), better="A")
+    assert found["claim/better-teacher"].startswith("Learning from the more accurate teacher, A, lowers")
+    assert "from A alone" in found["claim/two-better"]
 
 
-def test_the_teachers_are_those_that_results_csv_names():
-    names = {"resnet50": "tf_lite2", "resnet18": "tf_lite0", BOTH: "tf_lite2+tf_lite0"}
-    found = values(rows(ALL_ARMS).assign(teachers=lambda frame: frame.teachers.replace(names)))
-    assert {"claim/kd-tf_lite2", "claim/kd-tf_lite0"} <= found.keys() and found["better/words"] == "tf_lite0"
-    assert found["claim/tuned"].startswith("Tuning temperature and weight for tf_lite2 raises")
-    assert not any("ResNet" in text for text in found.values())
+def test_other_networks_of_the_study_make_no_claims():
+    more = rows({("2", "last_block", "R18", 10): 0.8, ("3", "kd", "R18", 30): 0.7})
+    assert values(pd.concat([rows(), more])) == values(rows())
 
 
 def test_the_primary_comparisons_are_corrected_for_their_number():
-    frame = moved(moved(rows(), "scratch", [0.70] * 5), "kd_mean_prob", [0.71, 0.72, 0.73, 0.72, 0.72])
-    frame = moved(frame, "kd", [0.71, 0.70, 0.69, 0.71, 0.70])
-    # differences of mean 2, sd 0.707, so t = 6.32 with 4 degrees of freedom, p = 0.0032, the least of four
-    assert "p = 0.013)" in values(frame)["claim/two-teachers"]
-    assert "Holm" in values(frame)["claim/kd-resnet18"] and "Holm" not in values(frame)["claim/stronger-teacher"]
-    # with ResNet-50 the better one, the fourth comparison is the first by another name: it counts once
-    same = moved(frame, "kd", [0.9] * 5, "val", teachers="resnet50")
-    assert "p = 0.010)" in values(same)["claim/two-teachers"] and "Holm" not in values(same)["claim/kd-resnet18"]
-    # without label smoothing the fourth is none
-    assert "p = 0.010)" in values(frame, label_smoothing=0.0)["claim/two-teachers"]
+    frame = moved(moved(rows(), "scratch", [0.70] * 5), "kd", [0.71, 0.72, 0.73, 0.72, 0.72], teachers="B")
+    # differences of mean 2, sd 0.707, so t = 6.32 with 4 degrees of freedom, p = 0.0032, the lesser of two
+    assert "p = 0.006)" in values(frame)["claim/kd-second"] and "Holm" in values(frame)["claim/two-better"]
+    assert "Holm" not in values(frame)["claim/kd-first"] and "Holm" not in values(frame)["claim/better-teacher"]
+    assert "Holm" in values(frame, better="A")["claim/kd-first"]
+    more = moved(moved(rows(ALL_ARMS), "scratch", [0.70] * 5), "kd", [0.71, 0.72, 0.73, 0.72, 0.72], teachers="B")
+    assert "Holm" in values(more)["claim/unlabelled"] and "Holm" in values(more)["claim/all-labels"]
     assert "group/smoothing" not in values(frame, label_smoothing=0.0)
 
 
@@ -152,22 +147,26 @@ def a_run(arm, teachers, seed, dataset, right):
 
 
 def test_the_table_of_primary_comparisons(tiny, toy_data):
-    right_of = {("scratch",): (5, 6, 5), ("kd", "resnet50"): (7, 8, 8), ("kd", "resnet18"): (8, 8, 9),
-                ("kd_mean_prob", "resnet50", "resnet18"): (8, 8, 9)}  # fmt: skip
+    settings = tiny(seeds=[0, 1, 2])
+    teachers = [fake_teacher(toy_data, label) for label in ("first", "second")]
+    names = [teacher.label for teacher in teachers]
+    settings = dataclasses.replace(settings, teachers=[teacher.settings for teacher in teachers])
+    right_of = {("scratch",): (5, 6, 5), ("kd", names[0]): (7, 8, 8), ("kd", names[1]): (8, 8, 9),
+                ("kd_mean_prob", *names): (8, 8, 9), ("scratch_equal_steps",): (5, 5, 5),
+                ("kd_unlabelled", names[1]): (9, 9, 9)}  # fmt: skip
     arms = [[a_run(arm, tuple(teachers), seed, toy_data, right) for seed, right in enumerate(rights)]
             for (arm, *teachers), rights in right_of.items()]  # fmt: skip
-    table = primary_table(arms, toy_data, tiny(seeds=[0, 1, 2]))
+    for teacher, accuracy in zip(teachers, (0.5, 0.6)):
+        teacher.runs[0].history["val_accuracy"] = [accuracy]
+    table = primary_table(arms, toy_data, settings, teachers)
     assert table["Comparison"].tolist() == [
-        "ResNet-50 − scratch", "Both − scratch", "Both − the better one, ResNet-18",
-        "The better one, ResNet-18 − scratch (label smoothing)",
+        "Second − scratch", "Both − second", "Second, unlabelled images too − scratch, equal steps",
     ]  # fmt: skip
-    # differences 20, 20, 30 points: mean 23.33, sd 5.77, so t = 7.00 with 2 degrees of freedom
+    # differences 30, 20, 40 points: mean 30, sd 10, so t = 5.20 with 2 degrees of freedom
     first = table.iloc[0].to_dict()
     assert first.pop("Over images").startswith("[+")
-    assert first == {"Comparison": "ResNet-50 − scratch", "Difference": "+23.33", "Over seeds": "[+8.99, +37.68]",
-                     "n": 3, "p": "0.020", "p (Holm)": "0.079"}  # fmt: skip
-    assert table.iloc[2].tolist()[1:4] == ["+0.00", *["[+0.00, +0.00]"] * 2]
-    assert len(table) == len(PRIMARY)
-    assert "no test accuracy of kd_mean_prob" in message_of(primary_table, arms[:3], toy_data, tiny())
-    single = primary_table([runs[:1] for runs in arms], toy_data, tiny(seeds=[0]))
+    assert first == {"Comparison": "Second − scratch", "Difference": "+30.00", "Over seeds": "[+5.16, +54.84]",
+                     "n": 3, "p": "0.035", "p (Holm)": "0.070"}  # fmt: skip
+    assert table.iloc[1].tolist()[1:4] == ["+0.00", *["[+0.00, +0.00]"] * 2]
+    single = primary_table([runs[:1] for runs in arms], toy_data, settings, teachers)
     assert set(single["p"]) == set(single["p (Holm)"]) == set(single["Over seeds"]) == {"–"}

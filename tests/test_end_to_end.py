@@ -12,20 +12,22 @@ import pytest
 from kdutils.__main__ import main
 from kdutils.report import batch
 from kdutils.report.latex import REPORT, write_macros
-from kdutils.results.record import RESULT_COLUMNS, read_results, results_checksum
-from kdutils.results.tables import of_the_tasks
-from kdutils.settings import PROFILES, ROOT, UserError, load_settings, read_profile
+from kdutils.results.record import RESULT_COLUMNS, read_provenance, read_results, results_checksum
+from kdutils.results.tables import of_the_tasks, outcome
+from kdutils.settings import ROOT, UserError, load_settings, read_profile
 
 TINY = {
-    "train_size": 100, "val_size": 50, "test_size": 100, "max_shift": 0, "shift_step": 1, "seeds": [0, 1],
-    "epochs": 2, "batch_size": 20, "teacher_size": 32, "teacher_seeds": [0, 1], "teacher_batch_size": 20,
-    "resnet50_epochs": 1, "resnet18_epochs": 1, "generated_images": 100, "generated_epochs": 1,
+    "train_size": 100, "val_size": 50, "test_size": 100, "unlabelled_size": 60, "max_shift": 0, "shift_step": 1,
+    "seeds": [0, 1], "epochs": 2, "unlabelled_epochs": 3, "batch_size": 20, "teacher_size": 32, "teacher_seeds": [0, 1],
+    "teacher_batch_size": 20, "teacher_epochs": 1,
 }  # fmt: skip
-STUDENTS = {
-    ("1", "scratch", ""), ("3", "kd", "resnet50"), ("3", "kd", "resnet18"),
-    *(("4", f"kd_{rule}", "resnet50+resnet18") for rule in ("mean_prob", "mean_logit", "confidence")),
+A, B = "tf_efficientnet_lite2", "tf_efficientnet_lite0"
+ARMS = {  # but for the student of the better teacher with unlabelled images
+    ("1", "scratch", "", 2), ("2", "last_layer", A, 1), ("2", "last_layer", B, 1), ("3", "kd", A, 2), ("3", "kd", B, 2),
+    ("3", "scratch_equal_steps", "", 3), ("3", "scratch_all_labels", "", 3), ("4", "ensemble", f"{A}+{B}", 0),
+    *(("4", f"kd_{rule}", f"{A}+{B}", 2) for rule in ("mean_prob", "mean_logit", "confidence")),
+    ("4", "kd_mean_prob_unlabelled", f"{A}+{B}", 3),
 }  # fmt: skip
-TEACHERS = {("2", "last_layer", "resnet50"), ("2", "last_block", "resnet18")}
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +48,16 @@ def test_results_hold_every_arm_and_seed(settings):
     results = read_results(settings.run_folder)
     assert tuple(results.columns) == RESULT_COLUMNS
     accuracy = results[(results.metric == "accuracy") & (results.split == "test")]
-    assert set(accuracy[["task", "arm", "teachers"]].itertuples(index=False, name=None)) == STUDENTS | TEACHERS
-    assert (accuracy.groupby(["task", "arm", "teachers"]).seed.apply(list).map(sorted) == [[0, 1]] * 8).all()
+    names = ["task", "arm", "teachers", "epochs"]
+    better = read_provenance(settings.run_folder)["better_teacher"]
+    expected = ARMS | {("3", "kd_unlabelled", better, 3)}
+    assert set(accuracy[names].itertuples(index=False, name=None)) == expected
+    assert (accuracy.groupby(names).seed.apply(list).map(sorted) == [[0, 1]] * len(expected)).all()
+    assert of_the_tasks(results, settings.epochs).equals(results)
     assert results.loc[results.metric == "accuracy", "value"].between(0, 1).all()
     assert not results.duplicated(list(RESULT_COLUMNS[:-1])).any()
-    assert set(results.labels) == {100}
+    assert set(results[results.arm != "scratch_all_labels"].labels) == {100}
+    assert set(results[results.arm == "scratch_all_labels"].labels) == {160}
 
 
 def test_executed_notebooks_are_complete_and_clean(settings):
@@ -87,27 +94,47 @@ def test_a_notebook_alone_recomputes_only_what_depends_on_the_parameter(settings
     after = cached_results(copied)
     assert before.items() <= after.items()
     new = {"-".join(path.name.split("-")[:2]) for path in after.keys() - before.keys()}
-    assert new == {"kd-resnet50", "kd-resnet18"}
+    better = read_provenance(copied.run_folder)["better_teacher"]
+    assert new == {f"kd-{A}", f"kd-{B}", f"kd_unlabelled-{better}"}
     # the other notebooks' rows were made at another temperature
-    assert set(read_results(copied.run_folder).arm) == {"kd"}
+    arms = {"kd", "kd_unlabelled", "scratch_equal_steps", "scratch_all_labels"}
+    assert set(read_results(copied.run_folder).arm) == arms
 
 
 @pytest.mark.skipif(shutil.which("latexmk") is None, reason="latexmk is not installed")
-def test_the_report_is_built(settings, parameters, tmp_path):
+def test_the_report_is_built(settings, parameters, tmp_path, capsys):
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     assert main(["report", "--profile", "demo", *words, "--out", str(tmp_path)]) == 0
+    *_, said = capsys.readouterr().out.partition("\n\n")
+    found = outcome(read_results(settings.run_folder), read_provenance(settings.run_folder))
+    assert said == "\n".join([*found, f"report: {tmp_path / 'report.pdf'}", ""])
+    assert found[1].startswith("From scratch ") and "with 60 unlabelled images: " in found[1]
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
     for name in ("macros.tex", "results.csv", "provenance.json", "timings.csv"):
         assert (tmp_path / "generated" / name).is_file()
     if shutil.which("pdftotext"):
         page = subprocess.check_output(["pdftotext", "-l", "1", str(tmp_path / "report.pdf"), "-"], text=True)
-        for notice in ("Generated data, demonstration", "Stand-in weights", "Fewer than three seeds"):
+        for notice in ("Generated data, demonstration", "Fewer than three seeds", *found[2:]):
             assert notice in " ".join(page.split())
     macros = tmp_path / "generated" / "macros.tex"
     text = macros.read_text(encoding="utf-8")
     macros.write_text("of an earlier version", encoding="utf-8")
     assert main(["report", "--pdf-only", "--out", str(tmp_path)]) == 0
     assert macros.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.skipif(shutil.which("latexmk") is None, reason="latexmk is not installed")
+def test_a_report_without_unlabelled_images_is_built(settings, tmp_path):
+    """Made of the run's own: its rows and tables of students with unlabelled images are taken away."""
+    generated = batch.export(settings, tmp_path)
+    results, provenance = read_results(generated), read_provenance(generated)
+    results = results[~results.arm.str.contains("unlabelled|equal_steps|all_labels")]
+    results.to_csv(generated / "results.csv", index=False)
+    provenance["data"]["unlabelled"] = 0
+    (generated / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
+    for path in generated.glob("0*.tex"):
+        path.write_text(path.read_text(encoding="utf-8").replace("{comparison-unlabelled", "{gone"), encoding="utf-8")
+    assert batch.typeset(generated, tmp_path / "report.pdf").is_file()
 
 
 def test_a_report_of_other_settings_is_refused(settings, parameters, tmp_path):
@@ -151,10 +178,9 @@ def test_an_unknown_parameter_stops_papermill_before_anything_is_trained(tmp_pat
 
 
 def test_profiles_differ_only_where_they_must():
-    given, standin = read_profile("cifar10"), read_profile("cifar10-standin")
-    assert {"data", "weights"} <= {name for name in standin if standin[name] != given.get(name)}
-    assert set(given) <= set(standin)
-    assert {path.stem for path in PROFILES.glob("*.yaml")} == {"demo", "cifar10", "cifar10-standin"}
+    given, lite = read_profile("cifar10"), read_profile("cifar10-lite")
+    assert {"data", "teachers"} <= {name for name in lite if lite[name] != given.get(name)}
+    assert set(given) <= set(lite)
 
 
 def test_the_committed_report_and_readme_match_their_rows(tmp_path):
@@ -173,5 +199,6 @@ def test_the_committed_report_and_readme_match_their_rows(tmp_path):
     results, provenance = read_results(generated), json.loads((generated / "provenance.json").read_text())
     assert provenance["results"] == results_checksum((generated / "results.csv").read_text(encoding="utf-8"))
     assert of_the_tasks(results, provenance["settings"]["epochs"]).groupby(["arm", "teachers"]).ngroups == 8
-    write_macros(batch.macros(results, provenance), tmp_path)
-    assert (tmp_path / "macros.tex").read_bytes() == (generated / "macros.tex").read_bytes()
+    if "teachers" in provenance["settings"]:  # rows of version 0.2 have a report of their own
+        write_macros(batch.macros(results, provenance), tmp_path)
+        assert (tmp_path / "macros.tex").read_bytes() == (generated / "macros.tex").read_bytes()

@@ -18,6 +18,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from kdutils.report import show
+from kdutils.report.batch import macros
 from kdutils.report.claims import CLAIMS, CORE
 from kdutils.report.latex import REPORT, build_pdf, export_notebooks, result_values, write_macros
 from kdutils.report.readme import update_pictures, update_readme
@@ -69,8 +70,17 @@ def a_report(folder, body):
     return folder
 
 
+TEACHERS = [
+    {"name": "resnet50", "label": "R 50", "weights": "none", "trainable": "last_layer", "size": 64, "epochs": 1,
+     "optimizer": "adamw", "views": 18, "batch_size": 128, "schedule": "one_cycle", "learning_rate": 0.003,
+     "weight_decay": 0.05, "label_smoothing": 0.0},
+]  # fmt: skip
+TEACHERS.append(TEACHERS[0] | {"name": "resnet18", "label": "resnet18", "weights": "imagenet", "folds": 3})
+SETTINGS = {"epochs": 2, "teachers": TEACHERS}
+
+
 def some_results(kd=(0.70, 0.71, 0.72), scratch=(0.68, 0.69, 0.695)):
-    arms = [(1, "scratch", "", scratch), (2, "last_layer", "resnet50", (0.8, 0.81)), (3, "kd", "resnet50", kd)]
+    arms = [(1, "scratch", "", scratch), (2, "last_layer", "R 50", (0.8, 0.81)), (3, "kd", "R 50", kd)]
     rows = [
         (*arm, 100, 2, seed, "test", metric, value if metric == "accuracy" else 1 - value)
         for *arm, values in arms for seed, value in enumerate(values) for metric in ("accuracy", "nll", "ece")
@@ -207,18 +217,33 @@ def test_without_latexmk_the_error_gives_the_command(tmp_path, monkeypatch):
 
 def test_values_are_in_per_cent_and_words_follow_the_numbers():
     settings = {"temperature": 4.0, "train_size": 9000, "seeds": [0, 1, 2], "max_shift": 4, "shift_step": 4,
-                "epochs": 1, "weights": "none", "resnet50_trainable": "last_layer",
-                "optimizer": "adamw"}  # fmt: skip
+                "epochs": 1, "optimizer": "adamw", "teachers": TEACHERS}  # fmt: skip
     values = result_values(some_results(), {"settings": settings, "data": {"name": "x"}})
-    assert values["kd/resnet50/test/accuracy/pm"] == "71.00 ± 1.00"
+    assert values["kd/first/test/accuracy/pm"] == "71.00 ± 1.00" == values["kd/better/test/accuracy/pm"]
     assert values["scratch//test/accuracy/seeds"] == "3 seeds" and values["scratch//test/nll/mean"] == "0.312"
-    assert values["teacher/resnet50/test/accuracy/mean"] == "80.50"
-    assert values["gap/resnet50"] == "+11.67"
-    assert result_values(some_results(scratch=(0.9, 0.9)), {"settings": settings})["gap/resnet50"] == "−9.50"
+    assert values["teacher/first/test/accuracy/mean"] == "80.50"
+    assert values["gap/first"] == "+11.67" and "gap/second" not in values
+    assert result_values(some_results(scratch=(0.9, 0.9)), {"settings": settings})["gap/first"] == "−9.50"
     assert values["settings/temperature"] == "4" and values["settings/train_size"] == "9,000"
     assert values["settings/optimizer"] == "AdamW" and values["data/name"] == "x"
     assert values["words/views"] == "18 views" and values["words/epochs"] == "1 epoch"
-    assert values["resnet50/trainable-words"] == "the whole network"
+
+
+def test_the_report_names_teachers_by_role_and_their_settings_by_label():
+    facts = {"resnet18": {"description": "ImageNet-1k", "views_trained": 6}}
+    values = result_values(some_results(), {"settings": SETTINGS, "weights": facts, "better_teacher": "resnet18"})
+    assert values["first/full-name"] == "R 50 (ResNet-50)" and values["first/name"] == "R 50"
+    assert values["second/full-name"] == values["better/name"] == "ResNet-18" and values["lesser/name"] == "R 50"
+    assert values["first/trained"] == "the whole network" and values["second/trained"] == "the last layer"
+    assert values["first/recipe"].startswith("1 epoch of AdamW on 18 views, batches of 128, a one-cycle schedule with")
+    assert "on 6 views" in values["second/recipe"] and values["second/recipe"].endswith("cross-fitted in 3 folds")
+    assert values["second/pretraining"] == "ImageNet-1k" and "first/pretraining" not in values
+    assert values["settings/teachers/R-50/size"] == "64"
+    agreement = (
+        some_results().query("arm == 'kd' and metric == 'accuracy'").assign(metric="agreement_R 50_teacher_wrong")
+    )
+    values = result_values(pd.concat([some_results(), agreement]), {"settings": SETTINGS})
+    assert values["kd/first/test/agreement_first_teacher_wrong/mean"] == "71.00"
 
 
 def test_the_prose_rounds_a_mean_as_the_notebooks_tables_do():
@@ -227,14 +252,13 @@ def test_the_prose_rounds_a_mean_as_the_notebooks_tables_do():
     assert values["scratch//test/accuracy/pm"] == spread(accuracies, percent=True) == "12.18 ± 0.60"
 
 
-def test_the_best_student_is_the_best_on_validation_images_and_unlabelled_images_are_counted():
+def test_the_best_student_is_the_best_on_validation_images_and_no_control_with_more_labels():
     test = some_results()
-    val = test.assign(split="val", value=test.value.where(test.arm != "scratch", 0.99))
-    extra = test[test.arm == "scratch"].assign(arm="scratch_all_labels", task="extra", labels=5100)
-    values = result_values(pd.concat([test, val, extra]), {"settings": {"epochs": 2, "train_size": 100}})
+    control = test[test.arm == "scratch"].assign(arm="scratch_all_labels", value=0.9)
+    test = pd.concat([test, control])
+    val = test.assign(split="val", value=test.value.where(test.arm != "scratch", 0.89))
+    values = result_values(pd.concat([test, val]), {"settings": SETTINGS})
     assert values["best/words"] == "student from scratch" and values["best/pm"] == values["scratch//test/accuracy/pm"]
-    assert values["words/unlabelled"] == "5,000"
-    assert "words/unlabelled" not in result_values(test, {"settings": {"epochs": 2, "train_size": 100}})
 
 
 def test_what_stays_on_one_line():
@@ -244,23 +268,46 @@ def test_what_stays_on_one_line():
 def test_other_numbers_of_epochs_have_values_of_their_own():
     main = some_results()
     long = main[main.task != 2].assign(epochs=9, value=lambda rows: rows.value + 0.1)
-    extra = main[main.task == 1].assign(task="extra", epochs=5, value=0.5)
-    everything = pd.concat([main, long, extra, main[main.task == 2].assign(arm="last_block", value=0.9)])
-    settings = {"epochs": 2, "resnet50_trainable": "last_layer"}
-    values = result_values(everything, {"settings": settings})
-    assert values.items() >= result_values(main, {"settings": settings}).items()
-    assert values["long/kd/resnet50/test/accuracy/mean"] == "81.00" and values["words/long_epochs"] == "9 epochs"
-    assert values["extra/scratch//test/accuracy/mean"] == "50.00"
+    unlabelled = main[main.task == 3].assign(arm="kd_unlabelled", epochs=5)
+    everything = pd.concat([main, long, unlabelled])
+    values = result_values(everything, {"settings": SETTINGS})
+    assert values.items() >= result_values(main, {"settings": SETTINGS}).items()
+    assert values["long/kd/first/test/accuracy/mean"] == "81.00" and values["words/long_epochs"] == "9 epochs"
+    assert values["kd_unlabelled/better/test/accuracy/mean"] == "71.00"
     with pytest.raises(UserError, match="scratch was run for .2, 9. epochs, and none of them is the report's 3"):
-        result_values(everything, {"settings": {"epochs": 3}})
+        result_values(everything, {"settings": SETTINGS | {"epochs": 3}})
+
+
+def test_of_two_variants_of_a_teacher_the_one_of_the_settings_teaches():
+    results = pd.concat([some_results(), some_results().query("task == 2").assign(arm="all", value=0.9)])
+    assert result_values(results, {"settings": SETTINGS})["teacher/first/test/accuracy/mean"] == "90.00"
 
 
 def test_the_report_makes_every_claim_and_no_other():
     source = (REPORT / "report.tex").read_text(encoding="utf-8").partition(r"\begin{document}")[2]
-    named = {claim.name: group for group, claims in CLAIMS.items() for claim in claims}
-    core = {"kd-resnet50", "kd-resnet18"} | {name for name, group in named.items() if group == CORE} - {"kd-*"}
-    assert set(re.findall(r"\\(?:maybe)?claim{([a-z0-9-]+)}", source)) == core | named.keys() - {"kd-*"}
+    named = {claim.name for claims in CLAIMS.values() for claim in claims} - {"kd-*"} | {"kd-first", "kd-second"}
+    assert set(re.findall(r"\\(?:maybe)?claim{([a-z0-9-]+)}", source)) == named
     assert set(re.findall(r"\\ifval{group/(\w+)}", source)) == {*CLAIMS, "study", "smoothing"} - {CORE}
+
+
+def test_the_first_page_tells_of_weak_teachers_and_stand_in_weights_once():
+    provenance = {"settings": SETTINGS, "data": {"name": "x", "is_generated": False, "is_cifar10": False},
+                  "weights": {"R 50": {"description": "of mine", "is_standin": True, "views_trained": 1},
+                              "resnet18": {"description": "of ImageNet", "is_standin": False, "views_trained": 1}},
+                  "better_teacher": "R 50"}  # fmt: skip
+    weak = some_results(scratch=(0.9, 0.9, 0.9))
+    both = weak[weak.arm == "kd"].assign(arm="kd_mean_prob", teachers="R 50+resnet18")
+    other = weak[weak.arm == "kd"].assign(teachers="resnet18")
+    weak = pd.concat([weak, both, other, weak[weak.arm == "scratch"].assign(split="val")])
+    values = macros(weak, provenance)
+    assert "the teacher R 50 (80.5 %) is worse than the student from scratch (90.0 %)" in values["notice/teachers"]
+    assert values["notice/weights"] == "Teachers without ImageNet's weights. R 50: of mine."
+    assert values["words/unlabelled"] == "no" and "CIFAR-10 itself" in values["notice/data"]
+    provenance["data"] |= {"is_cifar10": True, "unlabelled": 40000}
+    provenance["weights"].pop("R 50")
+    good = macros(weak.assign(value=weak.value.where(weak.arm != "scratch", 0.5)), provenance)
+    assert not any(good[f"notice/{name}"] for name in ("teachers", "weights", "data"))
+    assert good["words/unlabelled"] == "40,000"
 
 
 def test_readme_holds_the_table_between_its_marks_however_often_it_is_updated(tmp_path):
@@ -274,8 +321,8 @@ def test_readme_holds_the_table_between_its_marks_however_often_it_is_updated(tm
     assert readme.read_text(encoding="utf-8") == once
     assert once.startswith("before\n") and once.endswith("after\n")
     assert "old" not in once and "α = 0.8" in once
-    assert "| 3 | Student distilled from one teacher | ResNet-50 | 71.00 ± 1.00 | 3 |" in once
-    assert "| 2 | ResNet-50, last layer fine-tuned | – | 80.50 ± 0.71 | 2 |" in once
+    assert "| 3 | Student distilled from one teacher | R 50 | 71.00 ± 1.00 | 3 |" in once
+    assert "| 2 | R 50, last layer fine-tuned | – | 80.50 ± 0.71 | 2 |" in once
     assert once.count("<details><summary>More</summary>\n\n| Task") == once.count("\n\n</details>") == 1
 
 

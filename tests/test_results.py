@@ -2,18 +2,39 @@
 
 import dataclasses
 import json
+import shlex
 from functools import partial
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from conftest import fake_teacher
 
 from kdutils.losses import combine_teachers, cross_entropy
 from kdutils.models import SmallCNN
 from kdutils.results import metrics
-from kdutils.results.record import finish, flip_column, read_results, student_rows, teacher_rows
-from kdutils.results.tables import arms_table, comparison, difference_text, following, interval_text, is_right
+from kdutils.results.record import (
+    ensemble_rows,
+    finish,
+    flip_column,
+    read_provenance,
+    read_results,
+    rerun_command,
+    student_rows,
+    teacher_rows,
+)
+from kdutils.results.tables import (
+    arms_table,
+    comparison,
+    difference_text,
+    following,
+    interval_text,
+    is_right,
+    of_the_tasks,
+    outcome,
+    warnings,
+)
+from kdutils.settings import load_settings
 from kdutils.students import Method, StudentRun, train_students
 from kdutils.teachers import TeacherRun, ensemble
 
@@ -32,13 +53,13 @@ def students(dataset, *wrong):
     return [StudentRun("kd", ("resnet18",), seed, {}, logits, state, 0.0, "") for seed, logits in enumerate(parts)]
 
 
-def a_teacher(arch, dataset, *wrong):
+def a_teacher(label, dataset, *wrong):
     """A teacher with a run for each of the tuples of images that it is wrong about."""
     runs = [
-        TeacherRun(arch, "last_block", run.seed, {}, run.logits, 0.0, f"{arch} {run.seed}")
+        TeacherRun(label, "last_block", run.seed, {}, run.logits, 0.0, f"{label} {run.seed}")
         for run in students(dataset, *wrong)
     ]
-    return SimpleNamespace(arch=arch, trainable="last_block", runs=runs, run_for=lambda seed: runs[seed % len(runs)])
+    return dataclasses.replace(fake_teacher(dataset, label), trainable="last_block", runs=runs)
 
 
 @pytest.fixture
@@ -98,7 +119,95 @@ def test_a_flipped_image_is_seen_by_the_very_network(tiny, toy_data):
     assert flip_column([certain], dataset, settings) == [1.0]
 
 
+def test_provenance_names_both_teachers_and_the_better_one_on_validation_images(tiny, ten):
+    settings = tiny()
+    teachers = [a_teacher(teacher.label, ten, [0]) for teacher in settings.teachers]
+    teachers = [dataclasses.replace(teacher, settings=own) for teacher, own in zip(teachers, settings.teachers)]
+    other = dataclasses.replace(
+        a_teacher("other", ten, [0]), settings=dataclasses.replace(settings.teachers[0], label="o")
+    )
+    for teacher, accuracy in zip((*teachers, other), (0.5, 0.6, 0.9)):
+        teacher.runs[0].history["val_accuracy"] = [0.1, accuracy]
+    finish(settings, "a", teacher_rows(2, teachers[0], ten, settings), ten, teachers[:1])
+    assert "better_teacher" not in read_provenance(settings.run_folder)
+    finish(settings, "b", teacher_rows(2, teachers[1], ten, settings), ten, [*teachers, other])
+    finish(settings, "c", [], ten, [other])
+    provenance = read_provenance(settings.run_folder)
+    assert provenance["better_teacher"] == teachers[1].label
+    assert set(provenance["weights"]) == {*(teacher.label for teacher in teachers), "o"}
+    assert provenance["settings"]["teachers"] == [dataclasses.asdict(teacher) for teacher in settings.teachers]
+
+
+@pytest.mark.parametrize("changed", [
+    {}, {"teacher_size": 64, "seeds": [3]}, {"teachers": ["mobilenetv3_small_100", "resnet18"]},
+    {"teachers": [{"name": "resnet18", "label": "A", "epochs": 3}, {"name": "resnet18", "label": "B"}], "threads": 1},
+    {"backbones": ["resnet34"], "teacher_epochs": 7},
+])  # fmt: skip
+def test_the_command_in_the_provenance_gives_the_same_settings(changed):
+    settings = load_settings("demo", **changed)
+    words = shlex.split(rerun_command(settings))
+    names, values = words[words.index("demo") + 2 :: 3], words[words.index("demo") + 3 :: 3]
+    assert load_settings("demo", **dict(zip(names, values, strict=True))) == settings
+    assert ("teachers" in names) == ("teachers" in changed)
+
+
 # --- tables ---
+
+
+def rows_of(arms, seeds=2):
+    """Rows of results.csv: (task, arm, teachers, epochs) -> mean test and validation accuracy."""
+    return pd.DataFrame([
+        (*key, 100, seed, split, "accuracy", mean + 0.01 * seed - 0.005)
+        for key, means in arms.items() for seed in range(seeds) for split, mean in zip(("test", "val"), means)
+    ], columns="task arm teachers epochs labels seed split metric value".split())  # fmt: skip
+
+
+PROVENANCE = {
+    "settings": {
+        "epochs": 20,
+        "teachers": [{"label": name, "trainable": "last_layer", "weights": "x"} for name in "BA"],
+    },
+    "data": {"unlabelled": 4000},
+}
+ARMS = {
+    ("1", "scratch", "", 20): (0.678, 0.67), ("3", "scratch_equal_steps", "", 30): (0.661, 0.66),
+    ("2", "last_layer", "A", 10): (0.82, 0.8), ("2", "last_layer", "B", 10): (0.81, 0.8),
+    ("2", "last_layer", "other", 10): (0.1, 0.1), ("4", "ensemble", "B+A", 0): (0.83, 0.8),
+    ("4", "kd_mean_prob", "B+A", 20): (0.665, 0.66), ("4", "kd_mean_prob_unlabelled", "B+A", 30): (0.778, 0.77),
+}  # fmt: skip
+
+
+def test_what_came_out_in_words():
+    assert outcome(rows_of(ARMS), PROVENANCE) == [
+        "Test accuracy, mean over seeds. The teachers: B 81.0 %, A 82.0 %.",
+        "From scratch 67.8 % (66.1 % in equal steps). Taught by both teachers: 66.5 %. "
+        "Taught by both teachers, with 4,000 unlabelled images: 77.8 %.",
+    ]
+    equal_is_best = rows_of(ARMS | {("1", "scratch", "", 20): (0.678, 0.65)})
+    assert "From scratch 66.1 %. Taught" in outcome(equal_is_best, PROVENANCE)[1]
+    longer = rows_of(ARMS | {("1", "scratch", "", 100): (0.69, 0.68), ("4", "kd_mean_prob", "B+A", 100): (0.7, 0.7)})
+    assert outcome(longer, PROVENANCE)[1].startswith("From scratch 69.0 % (66.1 % in equal steps). Taught by both ")
+    assert "Taught by both teachers: 66.5 %" in outcome(longer, PROVENANCE)[1]
+    only_task_1 = rows_of({("1", "scratch", "", 20): (0.678, 0.65)})
+    assert outcome(only_task_1, PROVENANCE) == ["From scratch 67.8 %."]
+    assert outcome(only_task_1[:0], PROVENANCE) == []
+
+
+def test_a_teacher_that_is_worse_than_the_student_is_told_with_a_remedy():
+    assert warnings(rows_of(ARMS), PROVENANCE) == []
+    weak = rows_of(ARMS | {("2", "last_layer", "B", 10): (0.13, 0.12)})
+    (warning,) = warnings(weak, PROVENANCE)
+    assert "the teacher B (13.0 %) is worse than the student from scratch (67.8 %): it cannot teach it." in warning
+    assert warning.startswith("Warning: ") and "Choose another teacher" in warning
+    assert outcome(weak, PROVENANCE)[-1] == warning
+
+
+def test_the_four_tasks_have_the_arms_with_unlabelled_images_at_their_own_epochs():
+    study = {("1", "scratch", "", 100): (0.7, 0.7), ("3", "dkd", "A", 20): (0.7, 0.7)}
+    found = of_the_tasks(rows_of(ARMS | study), 20)
+    of_tasks = {key for key in ARMS if key[2] != "other"}
+    assert set(found[["task", "arm", "teachers", "epochs"]].itertuples(index=False, name=None)) == of_tasks
+    assert len(of_the_tasks(rows_of({key: ARMS[key] for key in ARMS if key[0] == "2"}), 20).teachers.unique()) == 3
 
 
 def test_the_table_of_who_follows_whom(ten):
@@ -112,10 +221,13 @@ def test_the_table_of_who_follows_whom(ten):
     assert following({"x": taught}, {"t": never_wrong}, ten)["Teacher wrong (%)"].tolist() == ["–"]
 
 
-def test_teachers_as_one_classifier_are_what_is_made_of_their_logits(ten):
+def test_teachers_as_one_classifier_are_what_is_made_of_their_logits(ten, tiny):
     teachers = [a_teacher("resnet50", ten, [0], [1]), a_teacher("resnet18", ten, [0], [2], [3])]
     found = ensemble(teachers, partial(combine_teachers, rule="mean_logit", temperature=1.0))
-    assert [(run.arch, run.seed) for run in found] == [("resnet50+resnet18", 0), ("resnet50+resnet18", 1)]
+    assert [(run.label, run.seed) for run in found] == [("resnet50+resnet18", 0), ("resnet50+resnet18", 1)]
+    rows = ensemble_rows(4, found, ten, tiny())
+    named = {(row["task"], row["arm"], row["teachers"], row["epochs"], row["seed"]) for row in rows}
+    assert named == {("4", "ensemble", "resnet50+resnet18", 0, seed) for seed in (0, 1)}
     for run, one, another in zip(found, teachers[0].runs, teachers[1].runs):
         for part in ("train", "val", "test"):
             assert torch.equal(run.logits[part], (one.logits[part] + another.logits[part]) / 2)

@@ -1,6 +1,7 @@
 """Run the notebooks in batch, through papermill, and make the report of them."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -24,8 +25,17 @@ from kdutils.report.latex import REPORT, build_pdf, export_notebooks, result_val
 from kdutils.report.readme import update_pictures, update_readme
 from kdutils.results.metrics import parameter_count
 from kdutils.results.record import read_provenance, read_results, results_checksum
-from kdutils.results.tables import WORDS, minutes, of_the_tasks, results_table, run_tables, text_table, times_table
-from kdutils.settings import ROOT, Settings, UserError, apply_threads, counted, load_settings, shown_path
+from kdutils.results.tables import (
+    minutes,
+    of_the_tasks,
+    results_table,
+    run_tables,
+    teacher_words,
+    text_table,
+    times_table,
+    warnings,
+)
+from kdutils.settings import ROOT, Settings, UserError, apply_threads, load_settings, shown_path
 from kdutils.teachers import check_space, check_weights
 from kdutils.weights import weights_source
 
@@ -63,7 +73,8 @@ def run(profile: str, parameters: Mapping[str, Any]) -> Settings:
     )
     folder = settings.run_folder / "notebooks"
     write_text(folder / EXECUTED_WITH, settings.digest())
-    given = {"profile": profile} | {name: getattr(settings, name) for name in parameters}
+    values = dataclasses.asdict(settings)  # plain ones, teachers too
+    given = {"profile": profile} | {name: values[name] for name in parameters}
     start = time.monotonic()
     batch = _live_batch(settings)
     for name in notebooks_of(settings):
@@ -156,10 +167,6 @@ def export(settings: Settings, out: Path) -> Path:
     if out == REPORT:
         for path in notebooks:
             _copy_notebook(path, out / "notebooks" / path.name)
-        if not any(logits_file(settings.weights, arch) for arch in ARCHITECTURES):
-            dataset = load_data(settings)
-            for arch in ARCHITECTURES:
-                save_logits(arch, dataset, settings, out / "teachers")
         renew_readme(ROOT / "README.md", generated, notebooks)
     return generated
 
@@ -200,7 +207,8 @@ def renew_readme(readme: Path, generated: Path, notebooks: Sequence[Path]) -> No
 
 def macros(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
     """All that report.tex reads by name: numbers, settings, claims, and words about data and weights."""
-    return result_values(results, provenance) | claim_values(results, provenance) | report_words(provenance)
+    values = result_values(results, provenance) | claim_values(results, provenance) | report_words(provenance)
+    return values | {"notice/teachers": " ".join(warnings(results, provenance))}
 
 
 def typeset(generated: Path, pdf: Path) -> Path:
@@ -214,49 +222,38 @@ def typeset(generated: Path, pdf: Path) -> Path:
 
 
 def report_words(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """The report's texts that come from neither a result nor a setting: the notices on its first page, the student's
-    number of parameters, what the weights are."""
-    data, weights = provenance["data"], provenance["weights"]
-    about_data = ""
+    """The report's texts that come from neither a result nor a setting: the notices on its first page, what its
+    limitations say of data and weights, the student's number of parameters."""
+    data, name = provenance["data"], provenance["data"]["name"]
+    about_data = limit = about_weights = ""
     if data["is_generated"]:
-        about_data = f"Generated data, demonstration: {data['name']}. These numbers say nothing about photographs."
+        about_data = f"Generated data, demonstration: {name}. These numbers say nothing about photographs."
     elif not data["is_cifar10"]:
-        about_data = f"The images are not those of CIFAR-10 itself: {data['name']}."
-    standins = [f"{WORDS[arch]}: {facts['description']}" for arch, facts in weights.items() if facts["is_standin"]]
-    about_weights = "Stand-in weights in place of ImageNet's: pre-trained on other, fewer images." if standins else ""
-    words = {"notice/data": about_data, "notice/weights": about_weights, "words/standins": "; ".join(standins)}
-    if any("crops" in facts["description"] for facts in weights.values()):
-        words["words/crops"] = (
-            "Crops are random parts of the images, reduced to the size that is named, as the images of the ten classes "
-            "are, and enlarged again."
-        )
-    words |= _limits(data, bool(standins))
-    words["student/parameters"] = f"{parameter_count(SmallCNN()):,}"
-    views = {facts["views_trained"] for facts in weights.values()}
-    words["words/teacher_views"] = " or ".join(counted(count, "view") for count in sorted(views))
-    return words | {f"{arch}/weights-words": facts["description"] for arch, facts in weights.items()}
-
-
-def _limits(data: Mapping[str, Any], has_standins: bool) -> dict[str, str]:
-    """What the report's limitations say of data and weights other than the assignment's; else empty."""
-    about_data = f"{data['name']} is not CIFAR-10 itself, so the numbers do not compare with those reported for it."
-    if "jpeg" in data["name"].lower():
-        about_data += " JPEG loses fine detail, and such small images have little of it."
-    about_weights = (
-        "The teachers were pre-trained on other images than ImageNet's and may know less than their names suggest. "
-        "These numbers do not tell what distillation gives with ImageNet's weights."
-    )
-    is_original = data["is_cifar10"] and not data["is_generated"]
-    return {"limits/data": "" if is_original else about_data, "limits/weights": about_weights if has_standins else ""}
+        about_data = f"The images are not those of CIFAR-10 itself: {name}."
+    if about_data:
+        limit = f"{name} is not CIFAR-10 itself, so the numbers do not compare with those reported for it."
+    standins = {label: facts for label, facts in provenance["weights"].items() if facts["is_standin"]}
+    if standins:
+        described = [f"{teacher_words(label)}: {facts['description']}" for label, facts in standins.items()]
+        about_weights = f"Teachers without ImageNet's weights. {'; '.join(described)}."
+    return {
+        "notice/data": about_data, "notice/weights": about_weights, "limits/data": limit,
+        "student/parameters": f"{parameter_count(SmallCNN()):,}",
+        "words/unlabelled": f"{data['unlabelled']:,}" if data.get("unlabelled") else "no",
+    }  # fmt: skip
 
 
 def readme_note(provenance: Mapping[str, Any]) -> str:
     """The lines under README's table: what the numbers were measured on, and the command that repeats the runs."""
     data, words = provenance["data"], report_words(provenance)
     sizes = f"{data['name']}: {data['train']:,} training, {data['val']:,} validation, {data['test']:,} test images"
-    measured = f"Mean ± standard deviation over seeds, last epoch. {sizes}."
-    standins = f"{words['words/standins']}." if words["words/standins"] else ""
-    lines = [measured, words["notice/data"], words["notice/weights"], standins]
+    if data.get("unlabelled"):
+        sizes = f"{sizes}, and {data['unlabelled']:,} without labels"
+    lines = [
+        f"Mean ± standard deviation over seeds, last epoch. {sizes}.",
+        words["notice/data"],
+        words["notice/weights"],
+    ]
     return " ".join(line for line in lines if line) + f"\n\nMade by `{provenance['command']}`."
 
 

@@ -17,9 +17,10 @@ from kdutils.data.images import Dataset
 from kdutils.results import metrics
 from kdutils.results.metrics import Difference
 from kdutils.results.record import column
-from kdutils.results.tables import LONG, at_epochs, bootstrap_text, interval_text, signed, teacher_words, with_teachers
+from kdutils.results.tables import LONG, at_epochs, bootstrap_text, interval_text, roles, signed, teacher_words
 from kdutils.settings import Settings, UserError
 from kdutils.students import StudentRun
+from kdutils.teachers import Teacher, better_teacher
 
 CORE = "core"  # the group of claims about the methods of the four notebooks
 STUDY = ("controls", "losses", "epochs")  # the groups of the report's section on controls
@@ -30,11 +31,9 @@ FEW_SEEDS = "Fewer than three seeds: differences are given as they are, without 
 class Claim(NamedTuple):
     """One comparison: the method `a` against the method `b`, and what its sentence calls them.
 
-    A method is named `arm` or `arm/teachers` as in results.csv; `@long` after it means the students with the most
-    epochs, `@extra` those of the task `extra`. Teachers may be named by role: `both`; `first` and `second`; `better`
-    and `lesser` by their students' accuracy on validation images; `stronger` and `weaker` by their own. `*` makes a
-    sentence for each teacher. `{a}` and `{b}` in the words are the teachers of `a` and `b`. A sentence that does not
-    say against what is about the student from scratch.
+    A method is named `arm` or `arm/role`, the roles of teachers being those of `results.tables.roles`; `@long` after it
+    means the students with the most epochs. `*` makes a sentence for each teacher. `{a}` and `{b}` in the words are the
+    teachers of `a` and `b`. A sentence that does not say against what is about the student from scratch.
     """
 
     name: str
@@ -49,7 +48,16 @@ CLAIMS = {
         Claim("kd-*", "kd/*", "scratch", "distillation from {a}"),
         Claim("two-teachers", "kd_mean_prob/both", "scratch", "distillation from both teachers"),
         Claim("two-better", "kd_mean_prob/both", "kd/better", "a second teacher", "distillation from {b} alone"),
-        Claim("stronger-teacher", "kd/stronger", "kd/weaker", "learning from the more accurate teacher, {a},", "{b}"),
+        Claim("better-teacher", "kd/better", "kd/lesser", "learning from the more accurate teacher, {a},",
+              "learning from {b}"),
+    ),
+    "unlabelled": (
+        Claim("unlabelled", "kd_unlabelled/better", "scratch_equal_steps",
+              "distillation from {a} with unlabelled images", "as many steps from scratch"),
+        Claim("two-unlabelled", "kd_mean_prob_unlabelled/both", "kd_unlabelled/better",
+              "a second teacher, with unlabelled images,", "{b} alone"),
+        Claim("all-labels", "kd_unlabelled/better", "scratch_all_labels",
+              "distillation from {a} with unlabelled images", "training from scratch with the labels of all of them"),
     ),
     "controls": (
         Claim("smoothing", "scratch", "no_label_smoothing", "label smoothing", "training without it"),
@@ -67,20 +75,13 @@ CLAIMS = {
         Claim("longer-better", "kd/better@long", "scratch", "distillation from {a} for {long}",
               "{epochs} from scratch"),
     ),
-    "unlabelled": (
-        Claim("unlabelled", "kd_unlabelled/*", "scratch", "distillation from {a} with unlabelled images",
-              "{epochs} from scratch without them"),
-        Claim("unlabelled-kd", "kd_unlabelled/*", "kd/*@extra", "adding unlabelled images to distillation from {a}",
-              "as many steps without them"),
-        Claim("all-labels", "scratch_all_labels", "scratch@extra", "training from scratch with all labels",
-              "as many steps with {labels} labels"),
-    ),
 }  # fmt: skip
-PRIMARY = (  # the comparisons named in advance: what a table calls them, and the two methods
-    ("{a} − scratch", "kd/first", "scratch"),
-    ("both − scratch", "kd_mean_prob/both", "scratch"),
-    ("both − the better one, {b}", "kd_mean_prob/both", "kd/better"),
-    ("the better one, {a} − scratch (label smoothing)", "kd/better", "scratch"),  # only where it has label smoothing
+PRIMARY = (  # the comparisons named in advance, those that could be made: what a table calls them, and the two methods
+    ("{a} − scratch", "kd/better", "scratch"),
+    ("both − {b}", "kd_mean_prob/both", "kd/better"),
+    ("{a}, unlabelled images too − scratch, equal steps", "kd_unlabelled/better", "scratch_equal_steps"),
+    ("both − {b}, unlabelled images too", "kd_mean_prob_unlabelled/both", "kd_unlabelled/better"),
+    ("{a}, unlabelled images too − scratch, all labels", "kd_unlabelled/better", "scratch_all_labels"),
 )
 
 
@@ -88,22 +89,21 @@ def claim_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[s
     """What report.tex reads of the claims: key -> text, from the rows of results.csv and the provenance.
 
     - `claim/<name>`: the claim's sentence, of all its teachers; `short/<name>`: the same without interval and p-value.
-      In the names `kd-*` and others with a `*` it stands for one teacher, so that each has its own: `claim/kd-resnet18`
+      In the name `kd-*` the star stands for `first` or `second`, so that each teacher has its own: `claim/kd-first`
     - `group/<name>`: there if any claim of that group could be made; `group/study`: of any of `STUDY`
-    - `group/smoothing`: there if the student from scratch has label smoothing, and so is the control for it
-    - `better/words`: the teacher whose students have the higher accuracy on validation images
+    - `group/smoothing`: there if the student from scratch has label smoothing
     - `notice/seeds`: empty, or that there are too few seeds to claim anything
 
     A claim is left out where one of its two methods is not there; one of the core raises `UserError` that names it.
     """
-    rows = _Rows(results, provenance.get("settings", {}))
+    rows = _Rows(results, provenance)
     p_values = _holm(rows)
-    values = {"better/words": teacher_words(rows.roles["better"]), "notice/seeds": ""}
+    values = {"notice/seeds": ""}
     if rows.smoothing:
         values["group/smoothing"] = "yes"
     for group, claims in CLAIMS.items():
         for claim, teacher in [(one, teacher) for one in claims for teacher in rows.teachers_of(one.a)]:
-            name, a, b = (text.replace("*", teacher) for text in claim[:3])
+            name, a, b = (text.replace("*", teacher) for text in claim[:3])  # a role
             if group != CORE and not (rows.has(a) and rows.has(b)):
                 continue
             found = rows.difference(a, b)
@@ -141,19 +141,22 @@ def _sentence(
     return f"{text} ({', '.join(numbers)}).", f"{text}."
 
 
-def primary_table(arms: Iterable[Sequence[StudentRun]], dataset: Dataset, settings: Settings) -> pd.DataFrame:
+def primary_table(
+    arms: Iterable[Sequence[StudentRun]], dataset: Dataset, settings: Settings, teachers: Sequence[Teacher]
+) -> pd.DataFrame:
     """The primary comparisons, a line each: difference of test accuracy in points; its 95 % intervals over seeds and
     over test images; the p-value of the paired t-test over seeds, as it is and after Holm's correction.
 
-    arms: the trained students, all seeds of each, the core's at least. Raises `UserError` for one that is missing.
+    arms: the trained students, all seeds of each; teachers: the two. Comparisons of arms that are not there are left
+    out.
     """
     trained = {(runs[0].arm, "+".join(runs[0].teachers)): runs for runs in arms}
     rows = _Rows(pd.DataFrame([
-        {"task": "4", "arm": arm, "teachers": names, "epochs": settings.epochs, "seed": run.seed, "split": part,
+        {"task": "4", "arm": arm, "teachers": names, "epochs": settings.epochs, "seed": run.seed, "split": "test",
          "metric": "accuracy", "value": accuracy}
-        for (arm, names), runs in trained.items() for part in ("val", "test")
-        for run, accuracy in zip(runs, column(runs, dataset, part, "accuracy"), strict=True)
-    ]), settings.identity())  # fmt: skip
+        for (arm, names), runs in trained.items()
+        for run, accuracy in zip(runs, column(runs, dataset, "test", "accuracy"), strict=True)
+    ]), {"settings": settings.identity(), "better_teacher": better_teacher(teachers).label})  # fmt: skip
     lines, p_values = [], _holm(rows)
     for words, a, b in rows.primary:
         found = rows.difference(a, b)
@@ -182,14 +185,13 @@ def _holm(rows: _Rows) -> dict[tuple, float]:
 class _Rows:
     """Test accuracies by method and seed, and the role of each teacher."""
 
-    def __init__(self, results: pd.DataFrame, settings: Mapping[str, Any]):
+    def __init__(self, results: pd.DataFrame, provenance: Mapping[str, Any]):
+        settings, self.roles = provenance.get("settings", {}), roles(provenance)
         self.smoothing, epochs = settings.get("label_smoothing", 0), settings.get("epochs")
-        self.primary = PRIMARY if self.smoothing else PRIMARY[:3]
         self.accuracies: dict[tuple[str, str, str], dict[int, float]] = {}
-        self.roles: dict[str, str] = {}
-        self.words = {"epochs": f"{epochs} epochs", "labels": f"{settings.get('train_size', 0):,}"}
+        self.words = {"epochs": f"{epochs} epochs"}
         results = results[results.metric == "accuracy"]
-        for which in ("", LONG, "extra"):
+        for which in ("", LONG):
             rows = at_epochs(results, which, epochs)
             if which == LONG:
                 self.words[LONG] = f"{rows.epochs.max()} epochs"
@@ -200,18 +202,7 @@ class _Rows:
                         f"results.csv: {arm}/{teachers}, seed {seed}, has two test accuracies; keep one row"
                     )
                 of_method[seed] = 100 * value
-        self.roles = self._roles(with_teachers(at_epochs(results, "", epochs), settings))
-
-    def _roles(self, rows: pd.DataFrame) -> dict[str, str]:
-        both = next((names for which, arm, names in self.accuracies if arm == "kd_mean_prob" and "+" in names), "")
-        teachers = both.split("+") if both else self.teachers_of("kd/*")
-        roles = dict.fromkeys(("first", "second", "better", "lesser", "stronger", "weaker"), "")
-        roles |= {"both": both} | dict(zip(("first", "second"), teachers))
-        for arm, names in (("kd", ("better", "lesser")), ("teacher", ("stronger", "weaker"))):
-            means = rows[(rows.arm == arm) & (rows.split == "val")].groupby("teachers").value.mean()
-            if set(teachers) <= set(means.index):
-                roles |= dict(zip(names, sorted(teachers, key=lambda name: -means[name])))  # equal ones: as they came
-        return roles
+        self.primary = [one for one in PRIMARY if self.has(one[1]) and self.has(one[2])]
 
     def key(self, method: str) -> tuple[str, str, str]:
         """(which epochs, arm, teachers as in results.csv) of a method."""
@@ -220,9 +211,10 @@ class _Rows:
         return which, arm, self.roles.get(teachers, teachers)
 
     def teachers_of(self, method: str) -> list[str]:
-        """The teachers that the method's `*` stands for; [""] for a method without."""
-        *wanted, teachers = self.key(method)
-        return [names for *found, names in self.accuracies if found == wanted] if teachers == "*" else [""]
+        """The roles that the method's `*` stands for: the teachers that have students; [""] for a method without."""
+        if "*" not in method:
+            return [""]
+        return [role for role in ("first", "second") if self.has(method.replace("*", role))]
 
     def has(self, method: str) -> bool:
         return self.key(method) in self.accuracies

@@ -21,12 +21,16 @@ from kdutils.cache import write_atomically, write_text
 from kdutils.report.show import beyond_ascii, tex
 from kdutils.results.tables import (
     LONG,
+    NO_STUDENTS,
+    TASK_ARMS,
     WORDS,
     arm_words,
     as_words,
     at_epochs,
+    roles,
     signed,
     spread_of,
+    teacher_words,
     trained_part,
     with_teachers,
 )
@@ -43,7 +47,7 @@ class LatexMissing(UserError):
     """LaTeX is not installed."""
 
 
-SELECTION = ("pretraining-", "sweep-", "map-")  # begin the names of floats about how settings were chosen
+SELECTION = ("sweep-", "map-")  # begin the names of floats about how settings were chosen
 
 
 # --- the exporter ---
@@ -134,52 +138,72 @@ def write_macros(values: Mapping[str, str], out: Path) -> None:
 def result_values(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, str]:
     """The numbers of report.tex's prose: key -> text, from the rows of results.csv and the provenance.
 
-    - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}` of the students with the report's epochs; `long/...` and
-      `extra/...` of the others (see `at_epochs`); the teachers of tasks 3 and 4 also as `teacher/<arch>/...`
-    - `gap/<arch>`: mean test accuracy of a teacher minus that of the student from scratch, in points
-    - `best/{words,pm}`: the student with the highest mean validation accuracy, and its test accuracy
-    - `words/unlabelled`: how many unlabelled images there are beside the labelled ones
+    The report names the two teachers by role: `first` and `second` as the settings list them, `both`, and `better`, on
+    validation images.
+
+    - `<arm>/<teachers>/<split>/<metric>/{mean,sd,pm,n,seeds}` of the students with the report's epochs; `long/...` of
+      those with more (see `at_epochs`); the teachers of tasks 3 and 4 also as `teacher/<role>/...`
+    - `gap/<role>`: mean test accuracy of a teacher minus that of the student from scratch, in points
+    - `best/{words,pm}`: the student of the tasks with the highest mean validation accuracy, and its test accuracy
+    - `<role>/...`: a teacher's settings and, in words, its `name`, `full-name`, `recipe`, `trained` part and
+      `pretraining`
     - `settings/...` and all else in the provenance by its path; `words/...`: counts with their nouns
     """
-    settings = provenance.get("settings", {})
+    settings, two = provenance.get("settings", {}), roles(provenance)
     values = _flat(provenance) | _setting_words(settings)
-    for which in ("", LONG, "extra"):
+    for role in ("first", "second", "better", "lesser")[: 4 * bool(two)]:
+        values |= _teacher_words(role, two[role], provenance)
+    for which in ("", LONG):
         rows = at_epochs(results, which, settings.get("epochs"))
         if which == LONG and len(rows):
             values["words/long_epochs"] = counted(int(rows.epochs.iloc[0]), "epoch")
-        values |= _row_values(with_teachers(rows, settings), which)
-    main = at_epochs(results, "", settings.get("epochs"))
-    accuracy = main[(main.metric == "accuracy") & ~main.task.isin(("2", "extra"))]
-    on_val = accuracy[accuracy.split == "val"].groupby(["arm", "teachers"]).value.mean()
-    accuracy = accuracy[accuracy.split == "test"]
-    arms: dict[Any, pd.Series] = {keys: rows.value for keys, rows in accuracy.groupby(["arm", "teachers"])}
+        values |= _row_values(with_teachers(rows, settings), which, two)
+    main = with_teachers(at_epochs(results, "", settings.get("epochs")), settings)
+    accuracy = main[main.metric == "accuracy"].drop_duplicates(["arm", "teachers", "split", "seed"])
+    of_test: dict[Any, pd.Series] = {
+        keys: rows.value for keys, rows in accuracy[accuracy.split == "test"].groupby(["arm", "teachers"])
+    }
+    is_student = accuracy.arm.isin({*TASK_ARMS} - {*NO_STUDENTS, "scratch_all_labels"})
+    on_val = accuracy[is_student & (accuracy.split == "val")].groupby(["arm", "teachers"]).value.mean()
     if len(on_val):
         best = on_val.idxmax()
-        values |= {"best/words": arm_words(*best), "best/pm": spread_of(arms[best], True)["pm"]}
-    if len(all_labels := results[results.arm == "scratch_all_labels"]):
-        values["words/unlabelled"] = f"{int(all_labels.labels.iloc[0]) - settings['train_size']:,}"
-    teachers = with_teachers(main, settings)
-    teachers = teachers[(teachers.arm == "teacher") & (teachers.split == "test") & (teachers.metric == "accuracy")]
-    if ("scratch", "") in arms:
-        gaps = 100 * (teachers.groupby("teachers").value.mean() - arms["scratch", ""].mean())
-        values |= {f"gap/{arch}": signed(points) for arch, points in gaps.items()}
+        values |= {"best/words": arm_words(*best), "best/pm": spread_of(of_test[best], True)["pm"]}
+    for role in ("first", "second")[: 2 * (("scratch", "") in of_test)]:
+        if (one := ("teacher", two.get(role))) in of_test:
+            values[f"gap/{role}"] = signed(100 * (of_test[one].mean() - of_test["scratch", ""].mean()))
     return values
 
 
-def _row_values(rows: pd.DataFrame, which: str) -> dict[str, str]:
+def _row_values(rows: pd.DataFrame, which: str, two: Mapping[str, str]) -> dict[str, str]:
     values: dict[str, str] = {}
     keys: Any  # texts: pandas-stubs says Hashable
     for keys, group in rows.groupby(["arm", "teachers", "split", "metric"]):
-        per_cent = "accuracy" in keys[-1] or keys[-1].startswith(("agreement", "ece"))
-        path = "/".join([which, *keys] if which else keys)
-        values |= {f"{path}/{name}": text for name, text in spread_of(group.value, per_cent).items()}
+        arm, teachers, split, metric = keys
+        per_cent = metric.startswith(("accuracy", "agreement", "ece"))
+        found = spread_of(group.value, per_cent)
+        for role in [role for role, label in two.items() if label == teachers] or [_as_key(teachers)]:
+            path = "/".join(([which] if which else []) + [arm, role, split, _by_role(metric, two)])
+            values |= {f"{path}/{name}": text for name, text in found.items()}
     return values
 
 
+def _by_role(name: str, two: Mapping[str, str]) -> str:
+    """The name of a metric or of a loss's constants with a teacher's label in it, with `first` or `second` instead."""
+    for role in ("first", "second"):
+        name = re.sub(rf"(?<=[_/]){re.escape(two[role])}(?=$|_teacher_)", role, name) if two else name
+    return _as_key(name)
+
+
+def _as_key(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.+-]", "-", str(name))
+
+
 def _flat(tree: Any, path: str = "") -> dict[str, str]:
+    """Every leaf of a tree as text, by its path. Records in a list go by their labels."""
+    if isinstance(tree, (list, tuple)) and any(isinstance(item, Mapping) for item in tree):
+        tree = {item["label"]: item for item in tree}
     if isinstance(tree, Mapping):
-        names = {key: re.sub(r"[^A-Za-z0-9_.+-]", "-", str(key)) for key in tree}
-        return {k: text for key in tree for k, text in _flat(tree[key], f"{path}/{names[key]}").items()}
+        return {k: text for key in tree for k, text in _flat(tree[key], f"{path}/{_as_key(key)}").items()}
     return {path.lstrip("/"): as_words(tree, plain=path.endswith("seed"))}
 
 
@@ -194,11 +218,28 @@ def _setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
     if {"max_shift", "shift_step"} <= settings.keys():
         shifts = 2 * settings["max_shift"] // settings["shift_step"] + 1
         words["words/views"] = counted(2 * shifts**2, "view")
-    for number, teacher in enumerate(settings.get("teachers", ()), start=1):
-        words[f"teacher{number}/name"] = WORDS.get(teacher["label"], teacher["label"])
-        words[f"teacher{number}/epochs"] = counted(teacher["epochs"], "epoch")
-        words[f"teacher{number}/trainable-words"] = WORDS[trained_part(teacher["label"], settings)]
     return words
+
+
+def _teacher_words(role: str, label: str, provenance: Mapping[str, Any]) -> dict[str, str]:
+    settings = provenance["settings"]
+    (teacher,) = [teacher for teacher in settings["teachers"] if teacher["label"] == label]
+    facts = provenance.get("weights", {}).get(label, {})
+    views = counted(facts.get("views_trained", teacher["views"]), "view")
+    recipe = (
+        f"{counted(teacher['epochs'], 'epoch')} of {as_words(teacher['optimizer'])} on {views}, batches of "
+        f"{teacher['batch_size']}, a {as_words(teacher['schedule'])} schedule with peak learning rate "
+        f"{as_words(teacher['learning_rate'])}, weight decay {as_words(teacher['weight_decay'])}, label smoothing "
+        f"{as_words(teacher['label_smoothing'])}"
+    )
+    if teacher.get("folds", 1) > 1:
+        recipe += f", cross-fitted in {teacher['folds']} folds"
+    name, network = teacher_words(label), as_words(teacher["name"])
+    words = {"name": name, "full-name": name if name == network else f"{name} ({network})", "recipe": recipe}
+    words["trained"] = WORDS[trained_part(label, settings)]
+    if "description" in facts:
+        words["pretraining"] = facts["description"]
+    return _flat(teacher, role) | {f"{role}/{name}": text for name, text in words.items()}
 
 
 # --- the PDF ---

@@ -5,6 +5,7 @@ Every notebook records its own rows under `found/`; the three files are rewritte
 """
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import io
@@ -27,15 +28,26 @@ from kdutils.cache import lock, remove_cut_off, write_text
 from kdutils.data.images import Dataset
 from kdutils.models import normalise
 from kdutils.results import metrics
-from kdutils.settings import ROOT, Settings, UserError, checked, counted, default_of, read_profile, shown_path
+from kdutils.settings import (
+    ROOT,
+    Settings,
+    TeacherSettings,
+    UserError,
+    checked,
+    counted,
+    default_of,
+    load_settings,
+    read_profile,
+    shown_path,
+)
 from kdutils.students import StudentRun
-from kdutils.teachers import Teacher, TeacherRun
+from kdutils.teachers import Teacher, TeacherRun, better_teacher
 from kdutils.training import predict
 
 PARTS = ("train", "val", "test")
 # other people's results have these columns: they stay
 RESULT_COLUMNS = ("task", "arm", "teachers", "labels", "epochs", "seed", "split", "metric", "value")
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pandas", "papermill", "nbconvert")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "papermill", "nbconvert")
 Scores = dict[tuple[str, str], float]  # by (part of the data, metric)
 Run = StudentRun | TeacherRun
 
@@ -84,11 +96,11 @@ def scores(run: Run, dataset: Dataset) -> Scores:
 
 
 def follows(run: StudentRun, teacher: Teacher, dataset: Dataset) -> dict[str, float]:
-    """How a student follows a teacher on the test images: `agreement_<arch>`; the same `_teacher_right` and
+    """How a student follows a teacher on the test images: `agreement_<label>`; the same `_teacher_right` and
     `_teacher_wrong`, on the images that the teacher classifies correctly and on its errors; and the divergence
-    `kl_<arch>`, in nats."""
-    pair, name = (run.logits["test"], teacher.run_for(run.seed).logits["test"]), f"agreement_{teacher.arch}"
-    found = {name: metrics.agreement(*pair), f"kl_{teacher.arch}": metrics.fidelity(*pair)}
+    `kl_<label>`, in nats."""
+    pair, name = (run.logits["test"], teacher.run_for(run.seed).logits["test"]), f"agreement_{teacher.label}"
+    found = {name: metrics.agreement(*pair), f"kl_{teacher.label}": metrics.fidelity(*pair)}
     by_teacher = metrics.agreement_by_teacher(*pair, dataset.test.labels)
     return found | {f"{name}_{part}": share for part, share in by_teacher.items()}
 
@@ -97,11 +109,19 @@ def follows(run: StudentRun, teacher: Teacher, dataset: Dataset) -> dict[str, fl
 
 
 def student_rows(
-    task: int | str, runs: Sequence[StudentRun], dataset: Dataset, settings: Settings, teachers: Sequence[Teacher] = ()
+    task: int | str,
+    runs: Sequence[StudentRun],
+    dataset: Dataset,
+    settings: Settings,
+    teachers: Sequence[Teacher] = (),
+    labels: int | None = None,
 ) -> list[dict]:
     """Rows of results.csv of one method, all seeds: its `scores`, on test images also `accuracy_flip` (see
-    `flip_column`) and how it `follows` each of the teachers."""
-    named = {"task": str(task), "labels": settings.train_size, "epochs": settings.epochs}
+    `flip_column`) and how it `follows` each of the teachers.
+
+    settings: those it was trained with; labels: how many it was given, if not those of the training part.
+    """
+    named = {"task": str(task), "labels": labels or settings.train_size, "epochs": settings.epochs}
     rows = []
     for run, flipped in zip(runs, flip_column(runs, dataset, settings), strict=True):
         on_test = {"accuracy_flip": flipped}
@@ -114,9 +134,17 @@ def student_rows(
 
 def teacher_rows(task: int, teacher: Teacher, dataset: Dataset, settings: Settings) -> list[dict]:
     """Rows of results.csv of one fine-tuned network, all teacher seeds; the arm is its trained part."""
-    named = {"task": str(task), "arm": teacher.trainable, "teachers": teacher.arch, "labels": settings.train_size}
-    named["epochs"] = settings.of_teacher(teacher.arch, "epochs")
+    named = {"task": str(task), "arm": teacher.trainable, "teachers": teacher.label, "labels": settings.train_size}
+    named["epochs"] = teacher.settings.epochs
     return [row for run in teacher.runs for row in _rows(named | {"seed": run.seed}, scores(run, dataset))]
+
+
+def ensemble_rows(task: int, runs: Sequence[TeacherRun], dataset: Dataset, settings: Settings) -> list[dict]:
+    """Rows of results.csv of several teachers as one classifier (`teachers.ensemble`), which nothing is trained for."""
+    named = {"task": str(task), "arm": "ensemble", "labels": settings.train_size, "epochs": 0}
+    return [
+        row for run in runs for row in _rows(named | {"teachers": run.label, "seed": run.seed}, scores(run, dataset))
+    ]
 
 
 def _rows(named: Mapping[str, Any], found: Scores) -> list[dict]:
@@ -141,16 +169,20 @@ def finish(
 ) -> Path:
     """Record a notebook's rows, the facts about data and weights, and the times. Returns the path of results.csv.
 
+    With both of the settings' teachers, `better_teacher` is that with the higher accuracy on validation images.
     facts: more entries of provenance.json, such as the constants of the losses used.
     """
     trained = [run for runs in students for run in runs]
     known: dict[str, Any] = {"data": dataset.facts, **(facts or {})}
     if teachers:
-        known["weights"] = {teacher.arch: teacher.facts for teacher in teachers}
-    made_of = {"data": dataset.checksum} | {f"{teacher.arch} weights": teacher.checksum for teacher in teachers}
+        known["weights"] = {teacher.label: teacher.facts for teacher in teachers}
+    two = [teacher for teacher in teachers if teacher.settings in settings.teachers]
+    if len(two) > 1:
+        known["better_teacher"] = better_teacher(two).label
+    made_of = {"data": dataset.checksum} | {f"{teacher.label} weights": teacher.checksum for teacher in teachers}
     made_of |= {_called(run, settings): run.fingerprint for run in trained}
-    timings = [(f"{t.arch}: features of every view", t.feature_seconds) for t in teachers if t.feature_seconds]
-    timings += [(f"{t.arch}: fine-tuning, seed {run.seed}", run.seconds) for t in teachers for run in t.runs]
+    timings = [(f"{t.label}: features of every view", t.feature_seconds) for t in teachers if t.feature_seconds]
+    timings += [(f"{t.label}: fine-tuning, seed {run.seed}", run.seconds) for t in teachers for run in t.runs]
     timings += [(f"student, {_called(run, settings)}", run.seconds) for run in trained]
     return record(settings, notebook, rows, known, timings, made_of)
 
@@ -191,8 +223,8 @@ def record(
         seconds = {stage: f"{took:.3f}" for entry in found for stage, took in entry["timings"]}
         write_text(folder / "timings.csv", _as_csv(("stage", "seconds"), seconds.items()))
         known = provenance(settings)
-        for entry in found:
-            known |= entry["facts"]
+        for name, fact in (item for entry in found for item in entry["facts"].items()):
+            known[name] = known.get(name, {}) | fact if isinstance(fact, dict) else fact
         known["results"] = results_checksum(results)
         write_text(folder / "provenance.json", json.dumps(known, indent=1) + "\n")
     return folder / "results.csv"
@@ -264,14 +296,30 @@ def _processor() -> str:
 
 def rerun_command(settings: Settings) -> str:
     """The command that runs the same again, with paths relative to the project's folder."""
-    profile = read_profile(settings.profile)
-    words = ["python", "-m", "kdutils", "run", "--profile", shown_path(settings.profile)]
+    profile, given = read_profile(settings.profile), {}
     for name, value in settings.identity().items():
-        if value is not None and value != (checked(name, profile[name]) if name in profile else default_of(name)):
-            words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
+        usual = checked(name, profile[name]) if name in profile else default_of(name)
+        if name not in ("teachers", "backbones") and value not in (None, usual):
+            given[name] = value
+    without = load_settings(settings.profile, **given, teachers=profile.get("teachers", settings.teachers))
+    for name, kept in (("teachers", "teachers" in profile), ("backbones", True)):
+        if not (kept and list(getattr(without, name)) == list(getattr(settings, name))):
+            given[name] = [_short_record(teacher, settings) for teacher in getattr(settings, name)]
     if settings.threads is not None:  # another number of threads adds in another order
-        words += ["-p", "threads", str(settings.threads)]
+        given["threads"] = settings.threads
+    words = ["python", "-m", "kdutils", "run", "--profile", shown_path(settings.profile)]
+    for name, value in given.items():
+        words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)
+
+
+def _short_record(teacher: TeacherSettings, settings: Settings) -> dict[str, Any] | str:
+    """A teacher's record without what the settings say for all teachers; its name, if nothing else is left."""
+    usual = {"label": teacher.name, "weights": settings.weights}
+    values = dataclasses.asdict(teacher)
+    usual |= {key: getattr(settings, f"teacher_{key}") for key in values.keys() - {"name", *usual}}
+    record = {key: value for key, value in values.items() if key == "name" or value != usual[key]}
+    return record if len(record) > 1 else teacher.name
 
 
 def _commit() -> str:

@@ -19,8 +19,11 @@ from kdutils.students import StudentRun
 from kdutils.teachers import Teacher
 
 LONG = "long"
-TASK_ARMS = ("scratch", "kd", "kd_mean_prob", "kd_mean_logit", "kd_confidence")  # the students of the four notebooks
-TRAINED_PARTS = ("last_layer", "last_block", "all")  # the arms of task 2, which are no students
+NO_STUDENTS = ("last_layer", "last_block", "all", "ensemble")  # the teachers, one by one and both together
+TASK_ARMS = (  # of the four notebooks
+    "scratch", "scratch_equal_steps", "scratch_all_labels", *NO_STUDENTS, "kd", "kd_unlabelled", "kd_mean_prob",
+    "kd_mean_logit", "kd_confidence", "kd_mean_prob_unlabelled",
+)  # fmt: skip
 WORDS = {
     "adam": "Adam",
     "adamw": "AdamW",
@@ -37,19 +40,22 @@ WORDS = {
 }
 ARMS = {
     "scratch": "student from scratch",
+    "scratch_equal_steps": "student from scratch, equal steps",
+    "scratch_all_labels": "student from scratch, all labels",
+    "ensemble": "both teachers as one classifier",
     "kd": "student distilled from one teacher",
+    "kd_unlabelled": "student distilled, unlabelled images too",
     "kd_mean_prob": "student distilled, mean of probabilities",
     "kd_mean_logit": "student distilled, mean of logits",
     "kd_confidence": "student distilled, weighted by confidence",
+    "kd_mean_prob_unlabelled": "student distilled, mean of probabilities, unlabelled images too",
     "no_label_smoothing": "student from scratch, no label smoothing",
     "kd_class_mean": "student distilled, soft labels averaged over each class",
     "kd_tuned": "student distilled, temperature and weight tuned for its teacher",
     "dkd": "student distilled, DKD",
     "dist": "student distilled, DIST",
     "kd_standardized": "student distilled, logits standardised",
-    "kd_unlabelled": "student distilled, unlabelled images too",
-    "scratch_all_labels": "student from scratch, all labels",
-    "scratch_earlier_recipe": "student from scratch, earlier recipe",  # the last three: committed rows alone
+    "scratch_earlier_recipe": "student from scratch, earlier recipe",  # these three: committed rows alone
     "earlier_recipe_longer": "student from scratch, earlier recipe twice",
     "kd_warm_start": "student distilled after the earlier recipe",
     "last_layer": "last layer fine-tuned",
@@ -231,7 +237,7 @@ def following(
     for student, runs in entries.items():
         for label, teacher in teachers.items():
             found = pd.DataFrame([follows(run, teacher, dataset) for run in runs])
-            name, kl = f"agreement_{teacher.arch}", f"kl_{teacher.arch}"
+            name, kl = f"agreement_{teacher.label}", f"kl_{teacher.label}"
             columns = {"Same prediction (%)": name, "Teacher right (%)": f"{name}_teacher_right"}
             columns["Teacher wrong (%)"] = f"{name}_teacher_wrong"
             shares = {
@@ -259,18 +265,14 @@ def accuracy_frame(arms: Mapping[str, Sequence[Run]], dataset: Dataset) -> pd.Da
 def at_epochs(results: pd.DataFrame, which: str, epochs: int | None) -> pd.DataFrame:
     """The rows of results.csv at one number of epochs, so that a method and its teachers name one set of runs.
 
-    which: "" for the report's `epochs`, or the only number an arm was trained for (a fine-tuning, say); `LONG` for the
-    largest number of the student from scratch, if that is larger; "extra" for the rows of the task `extra`.
+    which: "" for the report's `epochs`, or the only number an arm was trained for (a fine-tuning, a student with
+    unlabelled images); `LONG` for the largest number of the student from scratch, if that is larger.
     Raises `UserError` for an arm that was trained for several numbers of epochs, the report's not among them.
     """
     results = _normal(results)
-    is_extra = results.task == "extra"
-    if which == "extra":
-        return results[is_extra]
     if which == LONG:
-        longest = results[~is_extra & (results.arm == "scratch")].epochs.max()
-        return results[~is_extra & (results.epochs == longest) & (epochs is not None and longest > epochs)]
-    results = results[~is_extra | is_extra.groupby([results.arm, results.teachers]).transform("all")]
+        longest = results[results.arm == "scratch"].epochs.max()
+        return results[(results.epochs == longest) & (epochs is not None and longest > epochs)]
     several = results.groupby(["arm", "teachers"]).epochs.transform("nunique") > 1
     at_epochs = results.epochs == epochs
     unclear = results[several & ~at_epochs.groupby([results.arm, results.teachers]).transform("any")]
@@ -289,9 +291,26 @@ def _normal(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_the_tasks(results: pd.DataFrame, epochs: int | None) -> pd.DataFrame:
-    """The rows of results.csv about the classifiers of the four tasks at the report's epochs, without the study's."""
+    """The rows of results.csv about the classifiers of the four tasks at the report's epochs, not the study's: those
+    of its arms, and of other teachers than the two that taught one student together."""
     rows = at_epochs(results, "", epochs)
-    return rows[(rows.task == "2") | (rows.arm.isin(TASK_ARMS) & (rows.task != "extra"))]
+    rows = rows[rows.task.isin(("1", "2", "3", "4")) & rows.arm.isin(TASK_ARMS)]
+    both = set(rows[rows.arm == "kd_mean_prob"].teachers)
+    names = {"", *both, *(name for joined in both for name in joined.split("+"))}
+    return rows[rows.teachers.isin(names)] if both else rows
+
+
+def roles(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The labels of a run's two teachers by role: `first` and `second` as the settings name them, `both` of them,
+    `better` and `lesser` by their accuracy on validation images. Empty where the provenance names no two."""
+    teachers = [teacher["label"] for teacher in provenance.get("settings", {}).get("teachers", ())]
+    if len(teachers) != 2:
+        return {}
+    better = provenance.get("better_teacher", teachers[0])
+    (lesser,) = {*teachers} - {better}
+    return {
+        "first": teachers[0], "second": teachers[1], "both": "+".join(teachers), "better": better, "lesser": lesser
+    }  # fmt: skip
 
 
 def trained_part(label: str, settings: Mapping[str, Any]) -> str:
@@ -337,6 +356,70 @@ def results_table(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def outcome(results: pd.DataFrame, provenance: Mapping[str, Any]) -> list[str]:
+    """What came out, in sentences for a person who knows nothing of it: mean test accuracies of the teachers, of the
+    student from scratch and of the one taught by both; then the `warnings`.
+
+    From scratch is the student that is best on validation images and, where that is another one, that of equal steps.
+    """
+    found, two = _mean_accuracies(results, provenance), roles(provenance)
+    teachers = [f"{teacher_words(names)} {_percent(mean)}" for names, mean in _teachers(found, two).items()]
+    lines = [f"Test accuracy, mean over seeds. The teachers: {', '.join(teachers)}."] if teachers else []
+    said = []
+    if best := _best_from_scratch(results):
+        said.append(f"From scratch {_percent(best[1])}")
+        equal = found.get(("scratch_equal_steps", ""))
+        if equal is not None and best[0] != "scratch_equal_steps":
+            said[0] += f" ({_percent(equal)} in equal steps)"
+    count = provenance.get("data", {}).get("unlabelled", 0)
+    words = {"kd_mean_prob": "", "kd_mean_prob_unlabelled": f", with {count:,} unlabelled images"}
+    both = [(words[arm], mean) for (arm, _), mean in found.items() if arm in words]
+    said += [f"Taught by both teachers{more}: {_percent(mean)}" for more, mean in both]
+    return [*lines, *([". ".join(said) + "."] if said else []), *warnings(results, provenance)]
+
+
+def warnings(results: pd.DataFrame, provenance: Mapping[str, Any]) -> list[str]:
+    """A sentence with its remedy for each of the two teachers that is worse on test images than the student from
+    scratch."""
+    teachers, best = _teachers(_mean_accuracies(results, provenance), roles(provenance)), _best_from_scratch(results)
+    return [
+        f"Warning: on the test images the teacher {teacher_words(names)} ({_percent(mean)}) is worse than the student "
+        f"from scratch ({_percent(best[1])}): it cannot teach it. Choose another teacher, give it pretrained weights "
+        "(weights) or larger images (teacher_size), or fine-tune it for longer (teacher_epochs)."
+        for names, mean in teachers.items()
+        if best and mean < best[1]
+    ]
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _mean_accuracies(results: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """Mean test accuracy over seeds, by arm and teachers, at the report's epochs; fine-tuned ones as `teacher`, too."""
+    settings = provenance.get("settings", {})
+    rows = with_teachers(at_epochs(results, "", settings.get("epochs")), settings)
+    rows = rows[(rows.metric == "accuracy") & (rows.split == "test")]
+    return rows.drop_duplicates(["arm", "teachers", "seed"]).groupby(["arm", "teachers"]).value.mean().to_dict()
+
+
+def _teachers(means: Mapping[tuple[str, str], float], two: Mapping[str, str]) -> dict[str, float]:
+    """Those of the two teachers, in the settings' order."""
+    return {
+        two[role]: means["teacher", two[role]] for role in ("first", "second") if ("teacher", two.get(role)) in means
+    }
+
+
+def _best_from_scratch(results: pd.DataFrame) -> tuple[str, float] | None:
+    """Arm and mean test accuracy of the student from scratch that is best on validation images, of any epochs."""
+    rows = results[results.arm.isin(("scratch", "scratch_equal_steps")) & (results.metric == "accuracy")]
+    means = rows.groupby(["arm", "epochs", "split"]).value.mean().unstack("split")
+    if not {"val", "test"} <= {*means}:
+        return None
+    best = means.val.idxmax()
+    return best[0], means.test[best]
+
+
 def times_table(folder: Path) -> pd.DataFrame:
     """The times of a run: one row per stage, all its seeds together, and the total."""
     times = pd.read_csv(folder / "timings.csv")
@@ -361,7 +444,7 @@ def arms_table(rows: pd.DataFrame) -> pd.DataFrame:
         line = {"Arm": keys[0], "Teachers": keys[1] or "–"}
         line |= {name: spread(found[of], "accuracy" in of) if of in found else "–" for name, of in columns.items()}
         seeds = scratch.index.intersection(found["test/accuracy"].index)
-        is_compared = len(seeds) and keys[0] not in (*TRAINED_PARTS, "scratch")
+        is_compared = len(seeds) and keys[0] not in (*NO_STUDENTS, "scratch")
         pair = (100 * accuracy[seeds] for accuracy in (found["test/accuracy"], scratch))
         lines.append(
             line | {"Against scratch": with_interval(metrics.paired_difference(*pair)) if is_compared else "–"}
