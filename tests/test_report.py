@@ -231,9 +231,7 @@ def test_values_are_in_per_cent_and_words_follow_the_numbers():
 
 def test_the_report_names_teachers_by_role_and_their_settings_by_label():
     facts = {"resnet18": {"description": "ImageNet-1k", "views_trained": 6}}
-    values = result_values(
-        some_results(), {"settings": SETTINGS, "weights": facts, "better_teacher": "resnet18"}
-    )
+    values = result_values(some_results(), {"settings": SETTINGS, "weights": facts, "better_teacher": "resnet18"})
     assert values["first/full-name"] == "R 50 (ResNet-50)" and values["first/name"] == "R 50"
     assert values["second/full-name"] == values["better/name"] == "ResNet-18" and values["lesser/name"] == "R 50"
     assert values["first/trained"] == "the whole network" and values["second/trained"] == "the last layer"
@@ -241,7 +239,9 @@ def test_the_report_names_teachers_by_role_and_their_settings_by_label():
     assert "on 6 views" in values["second/recipe"] and values["second/recipe"].endswith("cross-fitted in 3 folds")
     assert values["second/pretraining"] == "ImageNet-1k" and "first/pretraining" not in values
     assert values["settings/teachers/R-50/size"] == "64"
-    agreement = some_results().query("arm == 'kd' and metric == 'accuracy'").assign(metric="agreement_R 50_teacher_wrong")
+    agreement = (
+        some_results().query("arm == 'kd' and metric == 'accuracy'").assign(metric="agreement_R 50_teacher_wrong")
+    )
     values = result_values(pd.concat([some_results(), agreement]), {"settings": SETTINGS})
     assert values["kd/first/test/agreement_first_teacher_wrong/mean"] == "71.00"
 

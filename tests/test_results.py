@@ -123,7 +123,9 @@ def test_provenance_names_both_teachers_and_the_better_one_on_validation_images(
     settings = tiny()
     teachers = [a_teacher(teacher.label, ten, [0]) for teacher in settings.teachers]
     teachers = [dataclasses.replace(teacher, settings=own) for teacher, own in zip(teachers, settings.teachers)]
-    other = dataclasses.replace(a_teacher("other", ten, [0]), settings=dataclasses.replace(settings.teachers[0], label="o"))
+    other = dataclasses.replace(
+        a_teacher("other", ten, [0]), settings=dataclasses.replace(settings.teachers[0], label="o")
+    )
     for teacher, accuracy in zip((*teachers, other), (0.5, 0.6, 0.9)):
         teacher.runs[0].history["val_accuracy"] = [0.1, accuracy]
     finish(settings, "a", teacher_rows(2, teachers[0], ten, settings), ten, teachers[:1])
@@ -161,7 +163,10 @@ def rows_of(arms, seeds=2):
 
 
 PROVENANCE = {
-    "settings": {"epochs": 20, "teachers": [{"label": name, "trainable": "last_layer", "weights": "x"} for name in "BA"]},
+    "settings": {
+        "epochs": 20,
+        "teachers": [{"label": name, "trainable": "last_layer", "weights": "x"} for name in "BA"],
+    },
     "data": {"unlabelled": 4000},
 }
 ARMS = {

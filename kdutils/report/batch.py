@@ -249,7 +249,11 @@ def readme_note(provenance: Mapping[str, Any]) -> str:
     sizes = f"{data['name']}: {data['train']:,} training, {data['val']:,} validation, {data['test']:,} test images"
     if data.get("unlabelled"):
         sizes = f"{sizes}, and {data['unlabelled']:,} without labels"
-    lines = [f"Mean ± standard deviation over seeds, last epoch. {sizes}.", words["notice/data"], words["notice/weights"]]
+    lines = [
+        f"Mean ± standard deviation over seeds, last epoch. {sizes}.",
+        words["notice/data"],
+        words["notice/weights"],
+    ]
     return " ".join(line for line in lines if line) + f"\n\nMade by `{provenance['command']}`."
 
 

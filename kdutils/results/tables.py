@@ -405,7 +405,9 @@ def _mean_accuracies(results: pd.DataFrame, provenance: Mapping[str, Any]) -> di
 
 def _teachers(means: Mapping[tuple[str, str], float], two: Mapping[str, str]) -> dict[str, float]:
     """Those of the two teachers, in the settings' order."""
-    return {two[role]: means["teacher", two[role]] for role in ("first", "second") if ("teacher", two.get(role)) in means}
+    return {
+        two[role]: means["teacher", two[role]] for role in ("first", "second") if ("teacher", two.get(role)) in means
+    }
 
 
 def _best_from_scratch(results: pd.DataFrame) -> tuple[str, float] | None:
