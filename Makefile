@@ -6,8 +6,6 @@ DATA =
 DATA_NAME =
 WEIGHTS =
 PARAMS =
-IMAGENET =
-EPOCHS = 30
 ADDRESS =
 REF =
 
@@ -28,7 +26,7 @@ apt_install = { command -v apt-get && { test "$$(id -u)" = 0 || sudo -n true; };
 # The stamp holds the folder it was made in: the environment of a folder that has moved is made again.
 stamp = .venv/.stamp-setup
 
-.PHONY: help setup tex demo report pdf pretrain test test-other-cpu soak bench stamp clean distclean
+.PHONY: help setup tex demo report pdf test test-other-cpu soak bench stamp clean distclean
 ifneq ($(shell cat $(stamp) 2>/dev/null),$(CURDIR))
 .PHONY: $(stamp)
 endif
@@ -46,17 +44,15 @@ help:
 	@echo
 	@echo 'Your own ten classes, in FOLDER/train/CLASS/* and FOLDER/test/CLASS/*:'
 	@echo '    make report DATA=folder:data/pets DATA_NAME="my pets"'
-	@echo 'ResNet weights from a folder instead of a download:'
+	@echo 'Weights from a folder, with NAME.safetensors or NAME.pth for each teacher, instead of a download:'
 	@echo '    make report WEIGHTS=weights'
-	@echo 'ResNet weights pre-trained here, on images in FOLDER/train/CLASS/* and FOLDER/val/CLASS/*; hours without a GPU:'
-	@echo '    make pretrain IMAGENET=FOLDER EPOCHS=30'
+	@echo 'Your own two teachers, by their names in torchvision or timm:'
+	@echo '    make demo PARAMS="-p teachers [tf_efficientnet_lite0,resnet18]"'
 	@echo 'Any parameter of the notebooks:'
 	@echo '    make report PARAMS="-p epochs 60 -p temperature 2"'
 	@echo '    make demo PARAMS="-p seeds [0]"'
-	@echo 'The demo with teachers that know something, in seven minutes:'
-	@echo '    make demo PARAMS="-p train_size 500 -p generated_images 6000 -p generated_epochs 4"'
 	@echo 'Another profile of notebooks/profiles; another Python:'
-	@echo '    make report PROFILE=cifar10-standin DATA=folder:data/cifar10-jpeg WEIGHTS=weights'
+	@echo '    make report PROFILE=cifar10-lite DATA=folder:data/cifar10-jpeg'
 	@echo '    make setup PYTHON=python3.12'
 	@echo 'The tables of a run; a picture classified by one of its students; that student as a file:'
 	@echo '    .venv/bin/python -m kdutils results --profile demo'
@@ -96,19 +92,13 @@ report: setup
 pdf: setup
 	$(run) report --pdf-only --out report
 
-# Both ResNets. Interrupted runs resume: repeat the command.
-pretrain: $(stamp)
-	@test -n $(call quote,$(IMAGENET)) || { echo 'Name the images: make pretrain IMAGENET=data/tiny-imagenet'; exit 1; } >&2
-	$(run) pretrain $(call quote,$(IMAGENET)) --arch resnet18 --epochs $(EPOCHS)
-	$(run) pretrain $(call quote,$(IMAGENET)) --arch resnet50 --epochs $(EPOCHS)
-
 # Two processes of one thread each: tests are many small things, and threads that wait for each other cost more than they give.
 test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # These compare numbers, whose last bits depend on the processor. It cannot be made newer than it is, but older.
 numerical_tests = $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
-	numbers views losses models training teachers students pretraining cache predict sweeps metrics)))
+	numbers views losses weights models training teachers students cache predict sweeps metrics)))
 test-other-cpu: $(stamp)
 	@if grep -qs avx512f /proc/cpuinfo; then set -- avx2 AVX2 AVX2; else set -- default SSE41 SSE4_2; fi; \
 	echo "The numerical tests again, with the instructions of another processor: $$1"; \

@@ -309,7 +309,7 @@ def sweep(options: argparse.Namespace) -> None:
         path = project_path(options.file)
         plan, folder = read_sweep(path), path.parent
     else:
-        plan = sweeps.grid_sweep(options.what or "kd", options.grid, settings.seeds)
+        plan = sweeps.grid_sweep(options.what or "kd", options.grid, settings.seeds, settings.teachers[-1].label)
         folder = settings.run_folder / "sweeps"
     out = _folder(options.out, folder) / f"{plan.name}.csv"
     frame = sweeps.run_sweep(plan, options.profile, _parameters(options), out, workers, options.scheduler)

@@ -109,7 +109,8 @@ def cut(
     at = names.index(first or _last_block(parts, name))
     frozen = nn.Sequential(OrderedDict((name, parts[name]) for name in names[:at]))
     trained = nn.Sequential(OrderedDict((name, parts[name]) for name in names[at:]))
-    return frozen.eval().requires_grad_(False), depthwise_in_float32(trained).requires_grad_(True)
+    depthwise_in_float32(trained)
+    return frozen.eval().requires_grad_(False), trained.requires_grad_(True)
 
 
 def _body(network: nn.Module, head: str) -> dict[str, nn.Module]:
@@ -123,7 +124,7 @@ def _body(network: nn.Module, head: str) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {}
     for name, module in network.named_children():
         if name in ("features", "blocks"):
-            parts |= {f"{name}{number}": stage for number, stage in enumerate(module)}  # type: ignore[arg-type]
+            parts |= {f"{name}{number}": stage for number, stage in module.named_children()}
         elif name != head.partition(".")[0]:
             parts[name] = module
     return {**parts, "flatten": nn.Flatten()}
@@ -141,7 +142,7 @@ def _last_block(parts: dict[str, nn.Module], name: str) -> str:
 
 
 def _halves(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.stride == (2, 2)
+    return getattr(module, "stride", None) in (2, (2, 2))  # of a convolution or a pooling
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
@@ -171,8 +172,8 @@ class InFloat32(nn.Conv2d):
 def depthwise_in_float32(module: nn.Module) -> nn.Module:
     """Let every depthwise convolution compute in float32 on a CPU, in place; parameters keep their names.
 
-    For a network that is trained with bfloat16 autocast, of which the rest stays in bfloat16: on a CPU, torch has no fast
-    backward pass in bfloat16 for depthwise convolutions with a stride, or with filters larger than 3x3.
+    For a network that is trained with bfloat16 autocast, of which the rest stays in bfloat16: on a CPU, torch has no
+    fast backward pass in bfloat16 for depthwise convolutions with a stride, or with filters larger than 3x3.
     """
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels > 1 and not isinstance(conv, InFloat32):

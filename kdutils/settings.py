@@ -70,8 +70,14 @@ _DATA = Rule(
 )
 
 _LABEL = Rule(
-    "a text without '+' and ','",
-    lambda value: isinstance(value, str) and value.strip() != "" and not {*value} & {*"+,\n"},
+    "a text of 80 characters at most, without '+' and ','",
+    lambda value: (
+        isinstance(value, str)
+        and value.strip() != ""
+        and value.isprintable()
+        and len(value) <= 80
+        and not {*value} & {*"+,"}
+    ),
 )
 
 
@@ -101,6 +107,7 @@ Schedule = Annotated[str, _one_of("constant", "cosine", "one_cycle")]
 Resizing = Annotated[str, _one_of("bilinear", "bicubic", "nearest")]
 ImageSize = Annotated[int, _whole(32, 512)]
 TrainedPart = Annotated[str, _one_of("last_layer", "last_block")]
+Folds = Annotated[int, _whole(1, 10)]
 YesOrNo = Annotated[bool, Rule("true or false", lambda value: isinstance(value, bool))]
 Label = Annotated[str, _LABEL]
 
@@ -128,7 +135,7 @@ class TeacherSettings:
     label_smoothing: Smoothing
     last_layer_factor: Positive
     standardize: YesOrNo
-    folds: Count
+    folds: Folds
 
 
 Teachers = Annotated[Sequence[TeacherSettings], _TEACHERS]
@@ -184,7 +191,7 @@ class Settings:
     teacher_label_smoothing: Smoothing
     teacher_last_layer_factor: Positive = 1.0  # the last layer's learning rate as a multiple of the block's
     teacher_standardize: YesOrNo = False  # standardise the features that the last layer gets
-    teacher_folds: Count = 1  # 2 or more: cross-fitting, so that no image is labelled by a network that trained on it
+    teacher_folds: Folds = 1  # 2 or more: cross-fitting, so that no image is labelled by a network that trained on it
     # A teacher is fitted on fewer than teacher_views views if their features take more than this
     feature_memory_gb: Positive = 4.0
     # Groups of the study, trained by notebooks/beyond/study.ipynb; none: only the four tasks
@@ -348,7 +355,7 @@ def _complete(setting: str, entry: Any, values: Mapping[str, Any]) -> TeacherSet
             near = difflib.get_close_matches(str(key), _KINDS_OF_A_TEACHER, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"a record has: {', '.join(_KINDS_OF_A_TEACHER)}"
             raise UserError(f"{where}: there is no setting {str(key)!r:.80} of a teacher; {hint}")
-    complete = {"name": record["name"], "label": record["name"]}
+    complete: dict[str, Any] = {"name": record["name"], "label": record["name"]}
     complete["weights"] = values.get("weights", default_of("weights"))
     for key in _KINDS_OF_A_TEACHER.keys() - complete.keys():
         name = f"teacher_{key}"
@@ -420,6 +427,13 @@ def _check_together(settings: Settings) -> None:
     for name, size in sizes.items():
         if size > settings.train_size:
             raise UserError(f"{name}: {size} is more than train_size = {settings.train_size}; choose a smaller one")
+    for teacher in teachers:
+        count = settings.train_size - math.ceil(settings.train_size / teacher.folds)
+        if teacher.folds > 1 and teacher.batch_size > count:
+            raise UserError(
+                f"teachers: {teacher.label}: batch_size: {teacher.batch_size} is more than the {count} images that a "
+                "fold trains on; choose a smaller one"
+            )
     labels = [teacher.label for teacher in teachers]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise UserError(f"teachers: two of them are called {twice[0]!r}; give each a label of its own in its record")

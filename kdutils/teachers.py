@@ -276,7 +276,7 @@ class FineTuning:
     @cached_property
     def frozen(self) -> nn.Module:
         """The frozen part as it runs: norms folded into convolutions, on the device."""
-        frozen = copy.deepcopy(self.cut(0)[0])
+        frozen: nn.Module = copy.deepcopy(self.cut(0)[0])
         if not hasattr(frozen, "body"):  # what is one module may call its layers in any order
             frozen = fold_batch_norms(frozen)
         return channels_last(frozen.to(self.settings.device))
@@ -298,7 +298,9 @@ class FineTuning:
         with torch.device("meta"):
             parts = self.cut(0, backbone)
             try:
-                return *parts, parts[0](images)
+                features = parts[0](images)
+                parts[1].eval()(features)
+                return *parts, features
             except (RuntimeError, AssertionError, ValueError) as error:  # many transformers take images of one size
                 raise UserError(
                     f"teachers: {self.label} cannot take images of {self.teacher.size} pixels "

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import importlib.metadata
 import importlib.util
 import re
 import warnings
@@ -84,21 +83,35 @@ def _timm() -> ModuleType:
 
 
 def _from_timm(name: str, pretrained: bool) -> nn.Module:
+    _timm_config(name)
+    try:
+        with network_timeout():
+            return seeded(0, lambda: _timm().create_model(name, pretrained=pretrained))
+    except Exception as error:  # the hub's clients raise many kinds
+        reason = " ".join(str(error).split())[:120]
+        if not pretrained:
+            raise UserError(f"teachers: timm cannot build {name} ({reason}); use another network") from error
+        raise UserError(
+            f"weights: those of {name} cannot be had from timm's hub ({reason}); save the network's state dict as "
+            f"FOLDER/{file_stem(name)}.safetensors and use weights = FOLDER, or use weights = none"
+        ) from error
+
+
+def _timm_config(name: str):
+    """What timm says of a network's weights; None for one of the hub. Raises `UserError` for an unknown name or tag."""
     timm = _timm()
-    if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name):
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        return None
+    if not timm.is_model(name):
         models = ensure_torchvision().models
         near = difflib.get_close_matches(name, [*models.list_models(module=models), *timm.list_models()], n=1)
         hint = f"did you mean {near[0]!r}?" if near else "timm.list_models() lists timm's"
         raise UserError(f"teachers: neither torchvision nor timm has a network called {name!r}; {hint}")
     try:
-        with network_timeout():
-            return seeded(0, lambda: timm.create_model(name, pretrained=pretrained))
-    except Exception as error:  # the hub's clients raise many kinds
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"weights: those of {name} cannot be had from timm's hub ({reason}); save the network's state dict as "
-            f"FOLDER/{file_stem(name)}.safetensors and use weights = FOLDER, or use weights = none"
-        ) from error
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*"))
+        raise UserError(f"teachers: timm has no weights called {name!r}; use one of {tags}") from error
 
 
 def file_stem(name: str) -> str:
@@ -124,7 +137,7 @@ def weights_source(name: str, weights: str) -> Source:
     if name in PACKAGES:
         package = PACKAGES[name]
         return Source(f"ImageNet-1k ({package.package})", False, package.sha256[:16])
-    config = _timm().get_pretrained_cfg(name)
+    config = _timm_config(name)
     origin = (config.hf_hub_id or config.url) if config is not None else name
     checksum = hashlib.sha256(f"timm {origin}".encode()).hexdigest()[:16]
     return Source(f"timm's hub ({origin or name})", False, checksum)
@@ -161,9 +174,9 @@ def weights_file(folder: Path, name: str) -> Path:
 
 def head_of(network: nn.Module, name: str) -> str:
     """The name of a classifier's last layer. Raises `UserError` where it is not one linear layer."""
-    config = getattr(network, "pretrained_cfg", None)  # timm's
+    config = getattr(network, "pretrained_cfg", None) or {}  # timm's
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
-    head = config["classifier"] if config else (linear or [""])[-1]
+    head = config.get("classifier") or (linear or [""])[-1]
     if head not in linear:
         raise UserError(
             f"teachers: the last layer of {name} is not one linear layer ({head!r}); use another network, such as "

@@ -1,16 +1,20 @@
 """What several test files share: a tiny profile whose runs lie in the test's own folder, a tiny data set, messages."""
 
+import dataclasses
+from functools import cache
+
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from kdutils.compat import ensure_torchvision
 from kdutils.data.images import Dataset, Split
 from kdutils.data.views import view_table
-from kdutils.models import seeded
-from kdutils.settings import UserError, load_settings
+from kdutils.settings import TeacherSettings, UserError, load_settings
 from kdutils.teachers import Teacher, TeacherRun
+from kdutils.weights import build, seeded
 
 ensure_torchvision()  # for the tests that import torchvision themselves
 
@@ -21,12 +25,13 @@ TINY = {
     "learning_rate": 0.003, "weight_decay": 0.01, "label_smoothing": 0.1,
     "unlabelled_epochs": 2, "unlabelled_views": 2,
     "temperature": 4.0, "alpha": 0.9, "kd_label_smoothing": 0.0,
-    "weights": "none", "teacher_size": 32, "teacher_seeds": [0], "teacher_views": 2, "teacher_batch_size": 20,
-    "teacher_optimizer": "adamw", "teacher_schedule": "one_cycle", "teacher_label_smoothing": 0.0,
-    "resnet50_trainable": "last_layer", "resnet50_epochs": 1, "resnet50_learning_rate": 0.003,
-    "resnet50_weight_decay": 0.01,
-    "resnet18_trainable": "last_block", "resnet18_epochs": 1, "resnet18_learning_rate": 0.0005,
-    "resnet18_weight_decay": 0.05,
+    "teachers": [
+        {"name": "resnet50", "learning_rate": 0.003, "weight_decay": 0.01},
+        {"name": "resnet18", "trainable": "last_block"},
+    ],
+    "weights": "none", "teacher_size": 32, "teacher_seeds": [0], "teacher_views": 2, "teacher_epochs": 1,
+    "teacher_batch_size": 20, "teacher_optimizer": "adamw", "teacher_schedule": "one_cycle",
+    "teacher_learning_rate": 0.0005, "teacher_weight_decay": 0.05, "teacher_label_smoothing": 0.0,
     "device": "cpu", "precision": "float32",
 }  # fmt: skip
 
@@ -91,25 +96,49 @@ def toy_data():
     )  # fmt: skip
 
 
-def fake_teacher(data, arch="resnet50", seeds=(0,)):
+A_TEACHER = TeacherSettings(
+    name="resnet18", label="resnet18", weights="none", trainable="last_layer", size=32, resize="bilinear", views=2,
+    epochs=1, batch_size=20, optimizer="adamw", schedule="one_cycle", learning_rate=0.0005, weight_decay=0.05,
+    label_smoothing=0.0, last_layer_factor=1.0, standardize=False, folds=1,
+)  # fmt: skip
+
+
+def fake_teacher(data, label="resnet50", seeds=(0,)):
     """A teacher with random opinions of the training images, other ones in every view and run."""
 
     def logits(images, view=0):
-        generator = torch.Generator().manual_seed(view + 100 * len(arch))
+        generator = torch.Generator().manual_seed(view + 100 * len(label))
         return 3 * torch.randn(len(seeds), len(images), 10, generator=generator).half()
 
-    runs = [TeacherRun(arch, "last_layer", seed, {}, {}, 0.0, f"{arch} {seed}") for seed in seeds]
-    return Teacher(arch, "last_layer", runs, logits, view_table(1, 1), "a fake", True, "x", 1, 1, 1, 0.0)
+    runs = [TeacherRun(label, "last_layer", seed, {}, {}, 0.0, f"{label} {seed}") for seed in seeds]
+    settings = dataclasses.replace(A_TEACHER, label=label)
+    return Teacher(settings, "last_layer", runs, logits, view_table(1, 1), "a fake", True, "x", 1, 1, 1, 0.0)
 
 
-def random_resnet(arch="resnet18"):
-    """With norms that are not the identity, as fresh ones are: those would hide mistakes in folding them."""
-    model = seeded(1, getattr(ensure_torchvision().models, arch))
+def stirred(network):
+    """The network with norms that are not the identity, as fresh ones are: those would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
+    for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
             nn.init.uniform_(module.weight, 0.5, 1.0, generator=generator)
             nn.init.normal_(module.bias, 0.0, 0.2, generator=generator)
-    return model.eval()
+    return network.eval()
+
+
+@cache
+def random_network(name="resnet18"):
+    """A network of random weights, the same in all tests: copy it before you change it."""
+    of_torchvision = getattr(ensure_torchvision().models, name, None)
+    return stirred(seeded(1, of_torchvision) if of_torchvision else build(name))
+
+
+@pytest.fixture(scope="session")
+def weights_folder(tmp_path_factory):
+    """Random weights of two networks as files, of two libraries and families."""
+    folder = tmp_path_factory.mktemp("weights")
+    for name in ("resnet18", "mobilenetv3_small_100"):
+        header = {"description": "random", "standin": "true"}
+        save_file(random_network(name).state_dict(), folder / f"{name}.safetensors", metadata=header)
+    return str(folder)

@@ -23,12 +23,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from kdutils import cache as runs
-from kdutils import pretraining, students, teachers
+from kdutils import students, teachers
 from kdutils.__main__ import main
 from kdutils.cache import Cached, read_cached, write_cached
 from kdutils.data.images import load_data
 from kdutils.losses import cross_entropy
-from kdutils.models import load_backbone
 from kdutils.report import batch as pipeline
 from kdutils.report.latex import export_notebooks
 from kdutils.report.readme import update_readme
@@ -37,16 +36,13 @@ from kdutils.results.record import record
 from kdutils.results.sweeps import read_sweep
 from kdutils.settings import ROOT, UserError, load_settings, notebook_settings
 from kdutils.students import Method, train_students
-from kdutils.teachers import check_space
+from kdutils.teachers import check_space, check_weights
+from kdutils.weights import load_pretrained
 
 
 def command(name, *arguments):
     """A command with the tiny profile."""
     return lambda w: w.command(name, "--profile", w.profile(), *arguments)
-
-
-def pretrain(*arguments):
-    return lambda w: w.command("pretrain", "--arch", "resnet18", "--epochs", "1", *arguments)
 
 
 def run(*parameters):
@@ -72,7 +68,7 @@ def profile(text):
     return call
 
 
-def folder(change):
+def folder(change, **settings):
     """A folder of images, ten classes with two images each, after that change to it."""
 
     def call(w):
@@ -83,7 +79,8 @@ def folder(change):
                 for i in range(2):
                     Image.new("RGB", (32, 32), (number, i, 0)).save(root / part / f"class{number}" / f"{i}.png")
         change(root)
-        load_data(w.settings(data=f"folder:{root}", train_size=10, batch_size=5, teacher_batch_size=5))
+        sizes = {"train_size": 10, "batch_size": 5, "teacher_batch_size": 5, **settings}
+        load_data(w.settings(data=f"folder:{root}", **sizes))
 
     return call
 
@@ -97,6 +94,23 @@ def image(fill):
         path.write_bytes(fill) if isinstance(fill, bytes) else fill(path)
 
     return folder(change)
+
+
+def unlabelled(make, size=1):
+    """The same with a folder `unlabelled`, which `make` fills, and so many images asked of it."""
+
+    def change(root):
+        (root / "unlabelled").mkdir()
+        make(root / "unlabelled")
+
+    return folder(change, unlabelled_size=size, test_size=20)
+
+
+def some_of_the_test(unlabelled):
+    """Two of the test images, and another."""
+    for number in range(2):
+        shutil.copy(unlabelled.parent / "test" / "class3" / f"{number}.png", unlabelled / f"{number}.png")
+    Image.new("RGB", (32, 32), (200, 0, 0)).save(unlabelled / "other.png")
 
 
 def png(width, height):
@@ -116,7 +130,19 @@ def weights(content, name="resnet18.pth"):
         path = w.tmp / "weights" / name
         path.parent.mkdir()
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        load_backbone("resnet18", str(path.parent))
+        load_pretrained("resnet18", str(path.parent))
+
+    return call
+
+
+def teachers_of(name, **record):
+    """The check of a teacher of that name."""
+
+    def call(w):
+        for key, value in record.items():
+            record[key] = w.weights if value == "FOLDER" else value
+        settings = w.settings(teachers=[{"name": name, **record}, "resnet18"])
+        check_weights(settings.teachers[0], load_data(settings), settings)
 
     return call
 
@@ -127,10 +153,10 @@ class Evil:
 
 
 def cache(write):
-    """A teacher's kept logits out of a file that `write` has written."""
+    """A cached result out of a file that `write` has written."""
 
     def call(w):
-        path = w.tmp / "kept" / "resnet18-logits.safetensors"
+        path = w.tmp / "kept" / "x.safetensors"
         path.parent.mkdir()
         write(path)
         read_cached(path)
@@ -194,7 +220,7 @@ def no_room(w):
     for arch in ("resnet18", "resnet50"):
         (w.tmp / "weights" / f"{arch}.pth").touch()
     settings = w.settings(weights=str(w.tmp / "weights"), teacher_size=512)
-    check_space(load_data(settings), settings)
+    check_space(load_data(settings), settings, settings.teachers)
 
 
 def no_memory(error):
@@ -225,7 +251,7 @@ HEADER = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0,
 
 
 @pytest.fixture
-def w(tmp_path, tiny_profile, tiny, capsys, monkeypatch):
+def w(tmp_path, tiny_profile, tiny, capsys, monkeypatch, weights_folder):
     """What a row of the table works with."""
 
     def command(*arguments):
@@ -234,9 +260,10 @@ def w(tmp_path, tiny_profile, tiny, capsys, monkeypatch):
         assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err + out
         raise UserError(err.removeprefix("error: ").removesuffix("\n"))
 
-    for module in (students, teachers, pretraining):
+    for module in (students, teachers):
         monkeypatch.setattr(module, "fit", lambda *_, **__: pytest.fail("something was trained"))
-    return SimpleNamespace(tmp=tmp_path, profile=tiny_profile, settings=tiny, command=command, patch=monkeypatch)
+    tools = {"profile": tiny_profile, "settings": tiny, "command": command, "patch": monkeypatch}
+    return SimpleNamespace(tmp=tmp_path, weights=weights_folder, **tools)
 
 
 ABOVE_0, FRACTION, COUNT = "a finite number above 0", "a number from 0 to 1", "a whole number, 1 or more"
@@ -297,10 +324,11 @@ WEIGHTS = {
     "a whole checkpoint": ("resnet18.pth", {"epoch": 3}, NO_STATE),
     "numbers for names": ("resnet18.pth", {1: torch.zeros(1)}, NO_STATE),
 }
-FOLDER = (
-    "use 'imagenet', 'generated', 'none', or a folder with the state dicts of torchvision's resnet50 and resnet18 as "
-    "resnet50.safetensors and resnet18.safetensors (or .pth)"
-)
+
+
+def folder_of(name):
+    return f"use 'imagenet', 'none', or a folder with the state dict of {name} as {name}.safetensors (or .pth)"
+
 
 NO_MEMORY = {
     "no memory": MemoryError(),
@@ -341,7 +369,7 @@ BAD = {
     "the original's name": (run("-p", "data_name", "CIFAR-10"),
         "data_name: 'CIFAR-10' names the original images (data = cifar10); give another, for example 'CIFAR-10, "
         "JPEG re-encoding'"),
-    "no folder of weights": (command("run", "-p", "weights", "no/such/place"), f"weights: no/such/place is not a folder; {FOLDER}"),
+    "no folder of weights": (command("run", "-p", "weights", "no/such/place"), f"weights: no/such/place is not a folder; {folder_of('resnet50')}"),
     "a parameter twice": (run("-p", "epochs", "1", "-p", "epochs", "2"),
         "-p epochs: given twice ('1' and '2'); keep one"),
     "the profile as a parameter": (run("-p", "profile", "demo"), "-p profile: the profile is not a parameter; use --profile"),
@@ -349,9 +377,9 @@ BAD = {
         "--out: it names the folder of the report, but no report is made; add --report"),
     # profiles
     "an unknown profile": (lambda w: w.command("run", "--profile", "demmo"),
-        "profile: 'demmo' does not exist; use cifar10, cifar10-standin, demo, or the path of a .yaml file"),
+        "profile: 'demmo' does not exist; use cifar10, ..., or the path of a .yaml file"),
     "a folder as profile": (lambda w: w.command("report", "--profile", "notebooks/profiles"),
-        "profile: 'notebooks/profiles' does not exist; use cifar10, cifar10-standin, demo, or the path of a .yaml file"),
+        "profile: 'notebooks/profiles' does not exist; use cifar10, ..., or the path of a .yaml file"),
     "an empty profile": (profile(""), "profile: TMP/mine.yaml holds no settings; write lines of 'name: value'"),
     "a list as profile": (profile("- epochs\n"), "profile: TMP/mine.yaml holds no settings; write lines of 'name: value'"),
     "a number for a name": (profile("1: 2\n"),
@@ -379,18 +407,51 @@ BAD = {
     **{f"a {what} called an image": (image(make),
         "data: TMP/mine/train/class3/1.png has the name of an image, but is not a file; fix or remove it")
        for what, make in (("folder", lambda path: path.mkdir()), ("pipe", lambda path: os.mkfifo(path)))},
+    "more unlabelled images than are left": (folder(lambda root: None, unlabelled_size=1),
+        "unlabelled_size: 1 is more than the 0 training images that the split leaves; lower it"),
+    "more unlabelled images than are drawn": (run("-p", "unlabelled_size", "20001"),
+        "data: shapes10 has 20000 images for unlabelled, 20001 were asked for; lower unlabelled_size"),
+    "more unlabelled images than there are": (unlabelled(some_of_the_test, size=9),
+        "unlabelled_size: 9 is more than the 3 unlabelled images of the data; lower it"),
+    "no unlabelled images in their folder": (unlabelled(lambda path: (path / "trip").mkdir()),
+        "data: the folder TMP/mine/unlabelled holds no images; add some or remove it"),
+    "half an unlabelled image": (unlabelled(lambda path: (path / "x.png").write_bytes(png(32, 32)[:40])),
+        f"data: TMP/mine/unlabelled/x.png cannot be read as an image ({UNKNOWN}); fix or remove it"),
+    "unlabelled images that are tested": (unlabelled(some_of_the_test, size=3),
+        "data: 2 of the 3 unlabelled images are test images, too (equal pixels), for example "
+        "TMP/mine/unlabelled/...png; remove them from one of the two, or use unlabelled_size = 0"),
     # weights
     "another network's weights": (weights({"conv1.weight": torch.zeros(1)}),
-        "weights: this is not the state dict of a torchvision resnet18 (size mismatch for conv1.weight: ...); use one that is"),
+        "weights: this is not the state dict of resnet18 (size mismatch for conv1.weight: ...); use one that is"),
     "weights of an unknown name": (weights(b"", "model.pth"),
-        f"weights: TMP/weights holds no resnet18.safetensors and no resnet18.pth; {FOLDER}"),
+        f"weights: TMP/weights holds no resnet18.safetensors and no resnet18.pth; {folder_of('resnet18')}"),
+    # teachers
+    "one teacher": (run("-p", "teachers", "[resnet18]"), "teachers: '[resnet18]' is not valid; use a list of two CNNs, ..."),
+    "two teachers of one name": (run("-p", "teachers", "[resnet18, resnet18]"),
+        "teachers: two of them are called 'resnet18'; give each a label of its own in its record"),
+    "a name twice in a record": (run("-p", "teachers", "[{name: a, name: b}, c]"), "teachers: '[{name...' is not valid; use a list of two CNNs, ..."),
+    "an object of Python in a record": (run("-p", "teachers", "[!!python/object/apply:os.abort [], a]"), "teachers: ... is not valid; use ..."),
+    "an unknown key of a record": (run("-p", "teachers", "[{name: resnet18, epoch: 3}, a]"),
+        "teachers: 'resnet18': there is no setting 'epoch' of a teacher; did you mean 'epochs'?"),
+    "a setting of an earlier version": (run("-p", "resnet50_epochs", "3"),
+        "parameter: there is no setting 'resnet50_epochs'; write it into the teacher's record: teachers: [{name: resnet50, epochs: ...}, ...]"),
+    "generated weights of an earlier version": (command("run", "-p", "weights", "generated"),
+        f"weights: generated is not a folder; {folder_of('resnet50')}"),
+    **{f"{what}": (teachers_of(name, **record), message) for what, name, record, message in (
+        ("an unknown network", "resnet180", {}, "teachers: neither torchvision nor timm has a network called 'resnet180'; did you mean '...'?"),
+        ("a network without a last linear layer", "squeezenet1_0", {}, "teachers: the last layer of squeezenet1_0 is not one linear layer ..."),
+        ("a last block that is not known", "mobilenetv3_small_100", {"weights": "FOLDER", "trainable": "last_block"},
+         "teachers: the last block of mobilenetv3_small_100 is not known (it is that of ResNets and EfficientNets); use trainable: last_layer"),
+        ("a transformer of another size", "vit_tiny_patch16_224", {"size": 64},
+         "teachers: vit_tiny_patch16_224 cannot take images of 64 pixels (...224...); set its size to what the network expects"),
+    )},
     # caches and disks
     "a cut cache": (cache(lambda path: path.write_bytes(b"\x10")),
-        "weights: TMP/kept/resnet18-logits.safetensors cannot be read (...); get it again"),
+        "weights: TMP/kept/x.safetensors cannot be read (...); get it again"),
     "a cache of another program": (cache(lambda path: save_file({"a": torch.zeros(1)}, path)),
-        "weights: TMP/kept/resnet18-logits.safetensors is damaged (its checksum does not fit); get it again"),
+        "weights: TMP/kept/x.safetensors is damaged (its checksum does not fit); get it again"),
     "a crafted cache": (cache(crafted),
-        "weights: TMP/kept/resnet18-logits.safetensors holds no cached result of this project; get it again"),
+        "weights: TMP/kept/x.safetensors holds no cached result of this project; get it again"),
     "a file in place of the run folder": (lambda w: load_data(w.settings(runs_dir=str(a_path(w.tmp / "file")))),
         "runs_dir: cannot write to TMP/file (...); free space, or choose another"),
     "a full disk": (full_disk(lambda w: record(w.settings(), "01", [], {"text": "x" * 5000}, [], {})),
@@ -413,7 +474,7 @@ BAD = {
     "a parameter that is a program": (lambda w: pipeline.run(w.profile(), {"x = 1\nimport os\nos.abort()\ny": 3}),
         "parameter: there is no setting 'x = 1\\nimport os\\nos.abort()\\ny'; the settings are: profile, data, ..."),
     "a profile that is a program": (lambda w: pipeline.run('demo"\nimport os\nos.abort()\n"', {}),
-        "profile: 'demo\"\\nimport os\\nos.abort()\\n\"' does not exist; use cifar10, cifar10-standin, demo, or the path of ..."),
+        "profile: 'demo\"\\nimport os\\nos.abort()\\n\"' does not exist; use cifar10, ..., or the path of ..."),
     "a kernel that dies": (lost_kernel,
         "01_small_cnn lost its Python kernel (Kernel died); if memory ran out, lower teacher_size, teacher_views "
         "or feature_memory_gb (what had run: TMP/runs/tiny/notebooks/01_small_cnn.ipynb)"),
@@ -445,12 +506,6 @@ BAD = {
     "a README without marks": (lambda w: update_readme(a_path(w.tmp / "README.md"), {}),
         "README: TMP/README.md needs one line <!-- results:begin --> and, after it, one line <!-- results:end -->"),
     # the other commands
-    "no images to pre-train on": (pretrain("no/such/place"),
-        "data: there is no folder no/such/place/train; it must hold one folder of images per class"),
-    "no epochs to pre-train": (pretrain("x", "--epochs", "0"),
-        "--epochs: '0' is not valid; use " + COUNT),
-    "no weights to begin with": (pretrain("x", "--init", "no/such.pth"),
-        "--init: there is no file no/such.pth; give a ResNet's .safetensors or .pth"),
     "no sweep": (lambda w: read_sweep(w.tmp / "none.yaml"),
         "sweep: TMP/none.yaml cannot be read (No such file or directory); give a .yaml file"),
     "a sweep of nothing": (lambda w: read_sweep(a_path(w.tmp / "a.yaml")), "sweep: TMP/a.yaml needs 'title', a text"),

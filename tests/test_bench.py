@@ -16,10 +16,11 @@ from PIL import Image
 from kdutils.__main__ import main
 from kdutils.data.views import make_views, view_pixels
 from kdutils.lab import bench, performance, tutorial
-from kdutils.models import SmallCNN, seeded
+from kdutils.models import SmallCNN
 from kdutils.settings import load_settings
 from kdutils.students import fit_arguments
 from kdutils.teachers import FineTuning
+from kdutils.weights import seeded
 
 RACED = ["student_ce", "student_kd", "resnet50_fit", "resnet50_forward", "resnet18_fit", "resnet18_forward"]
 
@@ -29,6 +30,7 @@ def settings(tmp_path_factory):
     """Tiny, with data that is not there."""
     folder = tmp_path_factory.mktemp("bench")
     given = {"runs_dir": str(folder / "runs"), "weights": "imagenet", "data": f"folder:{folder / 'nowhere'}"}
+    given["teachers"] = ["tf_efficientnet_lite2", {"name": "tf_efficientnet_lite0", "standardize": True, "size": 64}]
     (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **given}))
     return load_settings(str(folder / "tiny.yaml"))
 
@@ -150,7 +152,8 @@ def test_a_race_scales_what_it_timed_in_part(monkeypatch):
 
 def test_the_notebooks_are_added_up(tiny):
     settings = tiny(
-        **{"seeds": [0, 1], "epochs": 3, "teacher_seeds": [0, 1], "resnet50_epochs": 4, "resnet18_epochs": 6},
+        **{"seeds": [0, 1], "epochs": 3, "teacher_seeds": [0, 1]},
+        teachers=[{"name": "resnet50", "epochs": 4}, {"name": "resnet18", "epochs": 6}],
         **{"train_size": 40, "val_size": 10, "test_size": 10, "max_shift": 0},
     )
     medians = {

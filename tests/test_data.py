@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdutils.data.images import load_data, read_image, read_image_folder, stratified_split
-from kdutils.settings import UserError
+from kdutils.data import images
+from kdutils.data.images import Split, load_data, read_image, read_image_folder, rotate_validation, stratified_split
+from kdutils.settings import UserError, load_settings
 
 
 @st.composite
@@ -305,6 +306,152 @@ def test_shapes10_is_the_same_every_time(tiny):
     assert one.checksum == other.checksum and one.is_generated and len(one.classes) == 10
     assert load_data(tiny(split_seed=1)).checksum != one.checksum
     assert one.train.labels.bincount().tolist() == [4] * 10
+
+
+# Unlabelled images
+
+
+def distinct(*splits):
+    """All images of these parts as a set, after a check that no image is there twice."""
+    images = [tuple(image.flatten().tolist()) for split in splits for image in split.images]
+    assert len(set(images)) == len(images)
+    return set(images)
+
+
+def write_unlabelled(folder, *names, seed=1):
+    """Images of random pixels: `folder/unlabelled/<name>`; returns their paths."""
+    generator = np.random.default_rng(seed)
+    paths = [folder / "unlabelled" / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+@pytest.mark.parametrize("data", ["shapes10", "folder"])
+@pytest.mark.parametrize("size", [0, 7, 10])
+def test_unlabelled_images_are_in_no_other_part_and_their_labels_are_hidden(load, data, size):
+    """Of the folder's 40 training images 10 are left. The other parts are those of a data set without them."""
+    data = {} if data == "folder" else {"data": "shapes10"}
+    dataset, without = load(unlabelled_size=size, **data), load(unlabelled_size=0, **data)
+    assert len(distinct(dataset.train, dataset.val, dataset.test, dataset.unlabelled)) == 40 + size
+    assert dataset.unlabelled.labels.tolist() == [-1] * size and dataset.facts["unlabelled"] == size
+    for part in ("train", "val", "test"):
+        assert all(torch.equal(*pair) for pair in zip(getattr(dataset, part), getattr(without, part), strict=True))
+        assert dataset.part_checksums[part] == without.part_checksums[part]
+    assert dataset.checksum == without.checksum
+    if not size:
+        assert (
+            dataset.hidden_labels is None and dataset.all_labelled is None and dataset.with_unlabelled is dataset.train
+        )
+        return
+    assert dataset.part_checksums["unlabelled"] != without.part_checksums["unlabelled"]
+    assert dataset.hidden_labels.bincount(minlength=10).max() == 1
+    images = torch.cat([dataset.train.images, dataset.unlabelled.images])
+    for part, labels in (("with_unlabelled", dataset.unlabelled.labels), ("all_labelled", dataset.hidden_labels)):
+        found = getattr(dataset, part)
+        assert torch.equal(found.images, images) and torch.equal(
+            found.labels, torch.cat([dataset.train.labels, labels])
+        )
+
+
+def test_hidden_labels_are_the_images_own(load, folder):
+    dataset = load(unlabelled_size=10)
+    for image, label in zip(dataset.unlabelled.images, dataset.hidden_labels.tolist()):
+        assert any(torch.equal(image, pixels_of(path)) for path in (folder / "train" / CLASSES[label]).iterdir())
+
+
+def test_without_a_number_all_that_are_left_are_unlabelled(load, tiny_profile, folder, capsys):
+    profile = tiny_profile(unlabelled_size=None, data=f"folder:{folder}", train_size=20, val_size=10)
+    assert len(load_data(load_settings(profile)).unlabelled.labels) == 10
+    assert "unlabelled" not in capsys.readouterr().out
+    none = load_data(load_settings(profile, val_size=20))
+    assert len(none.unlabelled.labels) == 0 and none.with_unlabelled is none.train
+    assert capsys.readouterr().out == "data: the split leaves no training images: there are no unlabelled images\n"
+    write_unlabelled(folder, "a.png", "b.png")
+    assert len(load_data(load_settings(profile, val_size=20)).unlabelled.labels) == 2
+
+
+def test_cifar10s_unlabelled_images_are_the_rest_of_its_training_part(tiny, monkeypatch):
+    """50 of 60 images are drawn for training and validation."""
+    numbered = torch.arange(80, dtype=torch.uint8)[:, None, None, None].expand(80, 3, 32, 32).contiguous()
+    parts = [Split(numbered[:60], torch.arange(60) % 10), Split(numbered[60:], torch.arange(20) % 10)]
+    monkeypatch.setattr(images, "_cifar10", lambda folder: (CLASSES, *parts))
+    dataset = load_data(tiny(data="cifar10", unlabelled_size=10))
+    number = dataset.unlabelled.images[:, 0, 0, 0].long()
+    assert len(distinct(dataset.train, dataset.val, dataset.unlabelled)) == 60
+    assert torch.equal(dataset.hidden_labels, number % 10) and dataset.hidden_labels.sort().values.tolist() == [
+        *range(10)
+    ]
+
+
+def test_a_folders_own_unlabelled_images_are_taken_from_it_and_the_folders_in_it(load, folder, capsys):
+    paths = write_unlabelled(folder, "a.png", "b.png", "trip/c.png", "trip/d.png", "class3/e.png")
+    (folder / "unlabelled" / ".hidden").mkdir()
+    dataset = load(unlabelled_size=5)
+    assert "ignored" not in capsys.readouterr().out
+    assert distinct(dataset.unlabelled) == distinct(Split(torch.stack([pixels_of(path) for path in paths]), None))
+    assert dataset.unlabelled.labels.tolist() == [-1] * 5 and dataset.hidden_labels is None is dataset.all_labelled
+    assert len(dataset.with_unlabelled.labels) == 25
+    fewer = load(unlabelled_size=3).unlabelled
+    assert distinct(fewer) < distinct(dataset.unlabelled) and len(fewer.labels) == 3
+    assert not torch.equal(fewer.images, load(unlabelled_size=3, split_seed=1).unlabelled.images)
+
+
+def test_other_files_among_unlabelled_images_are_ignored_and_named(load, folder, capsys):
+    write_unlabelled(folder, "a.png", "trip/b.png")
+    for name in ("notes.txt", "trip/film.mp4"):
+        (folder / "unlabelled" / name).touch()
+    (folder / "unlabelled" / "trip" / "deeper").mkdir()
+    assert len(load(unlabelled_size=2).unlabelled.labels) == 2
+    said = capsys.readouterr().out
+    assert f"data: {folder / 'unlabelled'}: 3 files are not images by their names: ignored, for example " in said
+
+
+def test_a_folders_unlabelled_images_are_decoded_once_and_apart_from_the_others(load, folder, monkeypatch):
+    """And not at all where none are asked for."""
+    (path,) = write_unlabelled(folder, "a.png")
+    first, opened, real = load(unlabelled_size=1), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file.name) or real(file))
+    again = load(unlabelled_size=1)
+    assert opened == [] and torch.equal(again.unlabelled.images, first.unlabelled.images)
+    write_unlabelled(folder, "a.png", seed=2)
+    os.utime(path, (2_000_000_000, 2_000_000_000))
+    assert not torch.equal(load(unlabelled_size=1).unlabelled.images, first.unlabelled.images) and opened == ["a.png"]
+    path.write_bytes(b"no image")
+    assert len(load(unlabelled_size=0).unlabelled.labels) == 0
+
+
+def test_other_validation_images_leave_the_unlabelled_ones(load):
+    dataset = load(unlabelled_size=10)
+    rotated = rotate_validation(dataset, 1)
+    assert rotated.checksum != dataset.checksum == load(unlabelled_size=0).checksum
+    assert rotated.checksum == rotate_validation(load(unlabelled_size=0), 1).checksum
+    assert len(distinct(rotated.train, rotated.val, rotated.unlabelled)) == 40
+    assert rotated.unlabelled is dataset.unlabelled and rotated.hidden_labels is dataset.hidden_labels
+
+
+@pytest.mark.parametrize("into", ["unlabelled/x.bmp", "unlabelled/trip/x.bmp"])
+def test_an_unlabelled_image_that_is_tested_is_an_error_whatever_its_file_is_called(load, folder, into):
+    write_unlabelled(folder, "a.png")
+    (folder / into).parent.mkdir(exist_ok=True)
+    Image.open(folder / "test" / "class7" / "1.png").save(folder / into)
+    assert message_of(load, test_size=20, unlabelled_size=2) == (
+        "data: 1 of the 2 unlabelled images are test images, too (equal pixels), for example "
+        f"{folder / into}; remove them from one of the two, or use unlabelled_size = 0"
+    )
+    assert len(load(test_size=20, unlabelled_size=0).unlabelled.labels) == 0
+
+
+def test_an_image_that_the_split_leaves_and_that_is_tested_is_an_error_too(load, folder):
+    for number in range(4):  # the one of this class that is left is one of these
+        (folder / "train" / "class7" / f"{number}.png").unlink()
+        Image.open(folder / "test" / "class7" / "1.png").save(folder / "train" / "class7" / f"{number}.bmp")
+    message = message_of(load, test_size=20, unlabelled_size=10)
+    assert message.startswith("data: 1 of the 10 unlabelled images are test images, too (equal pixels), for example ")
+    assert (
+        f"{folder / 'train' / 'class7'}{os.sep}" in message and ".bmp; remove them from one of the two, or" in message
+    )
 
 
 KINDS = ["ant", "bee", "cow"]

@@ -11,25 +11,20 @@ import time
 import pytest
 import yaml
 from conftest import TINY
-from safetensors.torch import save_file
 
-from kdutils.compat import ensure_torchvision
-from kdutils.models import seeded
 from kdutils.settings import ROOT
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module", params=[5, pytest.param(200, marks=pytest.mark.soak)])
-def runs(request, tmp_path_factory):
+def runs(request, tmp_path_factory, weights_folder):
     """The folder that one_run.py has filled, after so many kills."""
     if not hasattr(os, "fork"):
         pytest.skip("its runs are forks")
     folder = tmp_path_factory.mktemp("lives")
-    save_file(seeded(0, ensure_torchvision().models.resnet18).state_dict(), folder / "resnet18.safetensors")
-    (folder / "resnet50.safetensors").touch()  # nobody opens it
     profile = folder / "tiny.yaml"
-    changes = {"weights": str(folder), "max_shift": 0, "resnet18_trainable": "last_layer", "teacher_seeds": [0, 1]}
+    changes = {"weights": weights_folder, "max_shift": 0, "teachers": ["resnet18", "resnet50"], "teacher_seeds": [0, 1]}
     profile.write_text(yaml.safe_dump(TINY | changes))
     command = [sys.executable, ROOT / "tests" / "one_run.py", profile, str(request.param), "1", folder]
     subprocess.run(command, check=True, env=ENVIRONMENT)

@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from conftest import random_resnet
+from conftest import random_network
 from safetensors.torch import save_file
 
 from kdutils import combine_teachers, cross_entropy, distillation_loss, fine_tune, load_data, train_students
@@ -23,14 +23,14 @@ def test_a_tiny_run_has_these_numbers(tiny, tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
     for arch in ("resnet18", "resnet50"):
-        save_file(random_resnet(arch).state_dict(), folder / f"{arch}.safetensors")
+        save_file(random_network(arch).state_dict(), folder / f"{arch}.safetensors")
     sizes = {
         "train_size": 200,
         "val_size": 50,
         "test_size": 100,
         "batch_size": 20,
         "learning_rate": 0.001,
-        "resnet18_learning_rate": 1e-4,
+        "teacher_learning_rate": 1e-4,
     }
     settings = tiny(**sizes, weights=str(folder), max_shift=0, seeds=[0])
     dataset = load_data(settings)

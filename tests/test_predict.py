@@ -167,6 +167,6 @@ def test_onnx_without_its_packages_says_what_to_install(run, error_of, monkeypat
 
 def test_a_file_that_answers_otherwise_is_not_kept(run, error_of, monkeypatch):
     profile, settings, _ = run
-    monkeypatch.setattr("kdutils.models.MEAN", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("kdutils.lab.export.MEAN", (0.0, 0.0, 0.0))
     message = error_of(["export", "--profile", profile, "--arm", "scratch", "--format", "torchscript"])
     assert "was deleted" in message and not list((settings.run_folder / "export").iterdir())

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 import yaml
-from conftest import message_of
+from conftest import A_TEACHER, message_of
 from hypothesis import strategies as st
 
 from kdutils.data.views import view_table
@@ -19,19 +19,17 @@ from kdutils.settings import (
     PROFILES,
     ROOT,
     Settings,
+    TeacherSettings,
     UserError,
     checked,
     default_of,
     load_settings,
-    logits_file,
     notebook_settings,
     pick_precision,
-    weights_file,
 )
 
 NAMES = [field.name for field in dataclasses.fields(Settings)]
 TEXTS = {name for name, kind in typing.get_type_hints(Settings).items() if kind in (str, str | None)}
-ARCHES = ("resnet50", "resnet18")
 OTHER = {  # another possible value of every setting, in the tiny profile
     "profile": "demo", "data": "cifar10", "data_name": "my images", "train_size": 41, "val_size": 11, "test_size": 11,
     "split_seed": 1, "unlabelled_size": 30, "unlabelled_epochs": 5, "unlabelled_views": 1, "max_shift": 2, "shift_step": 2, "seeds": [0], "epochs": 3, "batch_size": 11,
@@ -39,10 +37,9 @@ OTHER = {  # another possible value of every setting, in the tiny profile
     "temperature": 1.0, "alpha": 0.5, "kd_label_smoothing": 0.1, "weights": "imagenet", "teacher_size": 64,
     "teacher_resize": "nearest", "teacher_seeds": [1], "teacher_views": 1, "teacher_batch_size": 10,
     "teacher_optimizer": "adam", "teacher_schedule": "constant", "teacher_label_smoothing": 0.1,
-    "resnet50_trainable": "last_block", "resnet50_epochs": 2, "resnet50_learning_rate": 0.1, "resnet50_weight_decay": 0.1,
-    "resnet50_last_layer_factor": 0.5, "resnet50_standardize": True,
-    "resnet18_trainable": "last_layer", "resnet18_epochs": 2, "resnet18_learning_rate": 0.1, "resnet18_weight_decay": 0.1,
-    "resnet18_last_layer_factor": 2.0, "resnet18_standardize": True, "generated_images": 500, "generated_epochs": 9,
+    "teachers": [], "backbones": [A_TEACHER], "teacher_trainable": "last_block", "teacher_epochs": 2,
+    "teacher_learning_rate": 0.1, "teacher_weight_decay": 0.1, "teacher_last_layer_factor": 0.5,
+    "teacher_standardize": True, "teacher_folds": 2,
     "data_dir": "elsewhere", "runs_dir": "elsewhere", "device": "mps", "precision": "bfloat16", "threads": 1,
     "feature_memory_gb": 1.0, "study": ["controls"],
 }  # fmt: skip
@@ -65,7 +62,7 @@ def test_the_default_profile_names_every_setting_and_the_defaults_it_leaves_as_t
 @pytest.mark.parametrize("profile", ["demmo", "", None, 3, "nowhere.yaml", "Makefile", "notebooks/profiles"])
 def test_an_unknown_profile_is_named_with_those_there_are(profile):
     message = message_of(load_settings, profile)
-    assert message.startswith(f"profile: {profile!r} does not exist; use cifar10, cifar10-standin, demo, or ")
+    assert message.startswith(f"profile: {profile!r} does not exist; use cifar10, ")
 
 
 @pytest.mark.parametrize("name, hint", [
@@ -78,6 +75,8 @@ def test_an_unknown_setting_brings_a_suggestion_or_the_list(tiny, name, hint):
 
 ABOVE_0, FRACTION, COUNT = "a finite number above 0", "a number from 0 to 1", "a whole number, 1 or more"
 LIST = "a list of one or more different whole numbers, such as [0, 1, 2]"
+EACH = "each a name or a record, such as [resnet50, {name: resnet18, trainable: last_block, epochs: 10}]"
+TWO, OR_NONE = f"a list of two CNNs, {EACH}", f"a list of CNNs, {EACH}, or [] for none"
 
 
 @pytest.mark.parametrize("name, value, rule", [
@@ -100,13 +99,16 @@ LIST = "a list of one or more different whole numbers, such as [0, 1, 2]"
     ("weight_decay", -1e-9, "a finite number, 0 or above"), ("teacher_size", 31, "a whole number from 32 to 512"),
     ("label_smoothing", 1.0, "a number from 0 to below 1"), ("kd_label_smoothing", -0.1, "a number from 0 to below 1"),
     ("optimizer", "Adam", "one of 'adam', 'adamw', 'sgd'"), ("schedule", "onecycle", "one of 'constant', 'cosine', 'one_cycle'"),
-    ("resnet18_trainable", "all", "one of 'last_layer', 'last_block'"),
+    ("teacher_trainable", "all", "one of 'last_layer', 'last_block'"),
     *[("data", value, "'cifar10', 'shapes10' or 'folder:PATH'") for value in ("mnist", "folder:", "folder: ", 3, "")],
     *[(name, value, "a text that is not empty") for name, value in (("data_name", " "), ("weights", ""), ("data_dir", ""))],
     ("device", "tpu", "one of 'auto', 'cpu', 'cuda', 'mps'"), ("precision", "float16", "one of 'auto', 'float32', 'bfloat16'"),
     *[("teacher_resize", value, "one of 'bilinear', 'bicubic', 'nearest'") for value in ("lanczos", 2)],
-    *[(f"{arch}_standardize", value, "true or false") for arch in ARCHES for value in (1, "1", "yes", 0.0, [True])],
-    *[(f"{arch}_last_layer_factor", value, ABOVE_0) for arch in ARCHES for value in (0, -1.0, math.inf, "low", True)],
+    *[("teacher_standardize", value, "true or false") for value in (1, "1", "yes", 0.0, [True])],
+    *[("teacher_last_layer_factor", value, ABOVE_0) for value in (0, -1.0, math.inf, "low", True)],
+    *[("teachers", value, TWO) for value in (
+        [], ["resnet18"], ["a", "b", "c"], "resnet18", 3, [3, 4], [{"label": "a"}, "b"], [{"name": 18}, "b"], "[a, b", {"a": 1})],
+    *[("backbones", value, OR_NONE) for value in ("resnet18", [[]], [None])],
 ])  # fmt: skip
 def test_an_impossible_value_is_named_with_the_rule(tiny, tmp_path, name, value, rule):
     message = message_of(tiny, **{name: value})
@@ -118,8 +120,8 @@ def test_an_impossible_value_is_named_with_the_rule(tiny, tmp_path, name, value,
     ("seeds", "[0, 1]", [0, 1]), ("seeds", (3, 4), [3, 4]), ("epochs", "3", 3), ("threads", "2", 2),
     ("learning_rate", "1e-3", 0.001), ("learning_rate", 1, 1.0), ("temperature", "4", 4.0), ("temperature", 4, 4.0),
     ("alpha", 0, 0.0), ("alpha", "1", 1.0), ("weight_decay", 0, 0.0), ("feature_memory_gb", "2", 2.0),
-    ("resnet18_standardize", "true", True), ("resnet50_standardize", "False", False),
-    ("resnet50_last_layer_factor", "0.1", 0.1), ("resnet18_last_layer_factor", 2, 2.0),
+    ("teacher_standardize", "true", True), ("teacher_standardize", "False", False),
+    ("teacher_last_layer_factor", "0.1", 0.1), ("teacher_last_layer_factor", 2, 2.0),
     ("data_name", "2024", "2024"), ("data_name", "[1]", "[1]"), ("data_dir", "2024", "2024"),
     ("runs_dir", "1e3", "1e3"), ("data", "shapes10", "shapes10"), ("data_name", "None", "None"),
 ])  # fmt: skip
@@ -164,20 +166,66 @@ def test_a_home_folder_that_is_nobodys_is_no_traceback(tiny):
     assert "~nobody-of-that-name" in message_of(tiny, weights="~nobody-of-that-name/weights")
 
 
-def test_weights_are_a_file_of_a_folder(tmp_path):
-    folder = tmp_path / "weights"
-    assert f"weights: {folder} is not a folder; use " in message_of(weights_file, folder, "resnet18")
-    folder.mkdir()
-    assert f"weights: {folder} holds no resnet18.safetensors" in message_of(weights_file, folder, "resnet18")
-    for suffix in ("pt", "pth", "safetensors"):  # from the least to the most preferred
-        (folder / f"resnet18.{suffix}").touch()
-        assert weights_file(folder, "resnet18") == folder / f"resnet18.{suffix}"
+# --- teachers ---
 
 
-def test_a_fine_tuned_teachers_logits_may_lie_in_place_of_its_weights(tmp_path):
-    (path := tmp_path / "resnet18-logits.safetensors").touch()
-    assert [logits_file(str(tmp_path), arch) for arch in ARCHES] == [None, path]
-    assert [logits_file(weights, "resnet18") for weights in ("imagenet", "generated", "none")] == [None] * 3
+def test_what_a_record_leaves_out_the_settings_of_all_teachers_say(tiny):
+    own = {"name": "resnet18", "label": "R18", "weights": "./here", "size": 64, "epochs": 7, "standardize": True}
+    given = {"teacher_epochs": 3, "teacher_size": 48, "teacher_resize": "nearest", "teacher_trainable": "last_block"}
+    settings = tiny(
+        teachers=["tf_efficientnet_lite0", own], backbones=[{"name": "resnet18", "label": "again"}], **given
+    )
+    first, second = settings.teachers
+    for name, value in given.items():
+        assert getattr(first, name.removeprefix("teacher_")) == value == getattr(settings, name)
+    assert (first.name, first.label, first.weights) == ("tf_efficientnet_lite0", "tf_efficientnet_lite0", "none")
+    changed = own | {"weights": "here", "views": 2, "trainable": "last_block", "resize": "nearest"}
+    assert {name: getattr(second, name) for name in changed} == changed
+    assert [settings.teacher(label) for label in ("R18", "again")] == [second, *settings.backbones]
+    assert "use one of tf_efficientnet_lite0, R18, again" in message_of(settings.teacher, "resnet18")
+
+
+def test_every_setting_of_a_record_has_one_for_all_teachers():
+    own = {field.name for field in dataclasses.fields(TeacherSettings)} - {"name", "label", "weights"}
+    assert {f"teacher_{name}" for name in own} | {"teacher_seeds"} == {n for n in NAMES if n.startswith("teacher_")}
+
+
+def test_teachers_arrive_as_text(tiny):
+    text = "[resnet50, {name: resnet18, label: R18, learning_rate: 1e-3, epochs: '3', standardize: true}]"
+    first, second = tiny(teachers=text).teachers
+    assert (first.label, second.label, second.epochs, second.standardize) == ("resnet50", "R18", 3, True)
+    assert second.learning_rate == 0.001 and tiny(teachers=("resnet50", second)).teachers[1] == second
+
+
+@pytest.mark.parametrize("second, message", [
+    ({"name": "a"}, "teachers: two of them are called 'a'; give each a label of its own in its record"),
+    ({"name": "b", "label": "a"}, "teachers: two of them are called 'a'; give each a label of its own in its record"),
+    ({"name": "b", "epoch": 3}, "teachers: 'b': there is no setting 'epoch' of a teacher; did you mean 'epochs'?"),
+    ({"name": "b", 3: 4}, "teachers: 'b': there is no setting '3' of a teacher; a record has: name, label, ..."),
+    ({"name": "b", "label": "B", "alpha": 3}, "teachers: 'B': there is no setting 'alpha' of a teacher; ..."),
+    ({"name": "b", "epochs": 0}, "teachers: 'b': epochs: 0 is not valid; use a whole number, 1 or more"),
+    ({"name": "b", "trainable": "all"}, "teachers: 'b': trainable: 'all' is not valid; use one of 'last_layer', 'last_block'"),
+    ({"name": " "}, "teachers: ' ': name: ' ' is not valid; use a text that is not empty"),
+    ({"name": "b", "batch_size": 41}, "teachers: b: batch_size: 41 is more than train_size = 40; choose a smaller one"),
+    ({"name": "b", "batch_size": 21, "folds": 2},
+     "teachers: b: batch_size: 21 is more than the 20 images that a fold trains on; choose a smaller one"),
+    *[({"name": "b", "label": label}, "teachers: ...: label: ... is not valid; use a text of 80 characters at most, without '+' and ','")
+      for label in ("a+b", "a,b", "a\nb", "\0", " ", "x" * 81, 3, ["a"])],
+], ids=str)  # fmt: skip
+def test_an_unfit_record_is_named_with_the_rule(tiny, second, message):
+    pattern = ".*".join(re.escape(part) for part in message.split("..."))
+    assert re.fullmatch(pattern, message_of(tiny, teachers=["a", second]))
+
+
+@pytest.mark.parametrize("name, shown", [
+    ("resnet50_epochs", "{name: resnet50, epochs: ...}"), ("resnet18_trainable", "{name: resnet18, trainable: ...}"),
+])  # fmt: skip
+def test_a_setting_of_an_earlier_version_is_shown_as_a_record(tiny, tiny_profile, name, shown):
+    for message in (message_of(tiny, **{name: 3}), message_of(load_settings, tiny_profile(**{name: 3}))):
+        assert message.endswith(f"no setting '{name}'; write it into the teacher's record: teachers: [{shown}, ...]")
+
+
+# --- the machine ---
 
 
 @pytest.mark.parametrize("there, expected", [
@@ -273,7 +321,7 @@ def test_any_value_of_any_setting_is_taken_or_named_in_one_line(name, value):
         assert message.startswith((f"{name}: ", "path: ")) and "\n" not in message and len(message) < 500
         return
     assert checked(name, found) == found
-    if name not in TEXTS and value is not None:
+    if name not in {*TEXTS, "teachers", "backbones"} and value is not None:
         assert checked(name, str(found)) == found and checked(name, json.dumps(found, ensure_ascii=False)) == found
 
 

@@ -83,7 +83,7 @@ def test_a_students_logits_are_its_networks_and_other_test_images_train_nothing(
 @pytest.mark.parametrize("change, is_anew", [
     ({"epochs": 3}, True), ({"learning_rate": 0.001}, True), ({"schedule": "cosine"}, True), ({"max_shift": 2}, True),
     ({"batch_size": 20}, True), ({"temperature": 2.0}, False), ({"alpha": 0.1}, False), ({"test_size": 11}, False),
-    ({"threads": 1}, False), ({"resnet18_epochs": 7}, False), ({"data_name": "other"}, False),
+    ({"threads": 1}, False), ({"teacher_epochs": 7}, False), ({"data_name": "other"}, False),
 ])  # fmt: skip
 def test_what_a_student_depends_on_trains_it_anew_and_nothing_else(tiny, toy_data, change, is_anew):
     train_students(SCRATCH, toy_data, tiny(seeds=[0]))

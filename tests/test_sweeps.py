@@ -1,5 +1,6 @@
 """Sweeps: what is tried, on which images, and what the table says of it."""
 
+import shutil
 from functools import partial
 
 import pandas as pd
@@ -7,16 +8,13 @@ import pytest
 import torch
 import yaml
 from conftest import fake_teacher, message_of
-from safetensors.torch import save_file
 
 from kdutils import students, teachers
 from kdutils.__main__ import main
-from kdutils.compat import ensure_torchvision
 from kdutils.data.images import load_data, rotate_validation
 from kdutils.lab import sweeps as running
 from kdutils.lab.sweeps import grid_sweep, run_sweep
 from kdutils.losses import combine_teachers, distillation_loss
-from kdutils.models import seeded
 from kdutils.results import sweeps as reading
 from kdutils.results.sweeps import (
     committed_sweeps,
@@ -33,8 +31,8 @@ from kdutils.teachers import check_weights, fine_tune
 
 COLUMNS = "what data weights trial fold seed views epochs val_accuracy val_nll train_accuracy seconds".split()
 GOOD = {
-    "title": "A title", "what": "resnet18", "folds": [0, 2], "seeds": [0], "fixed": {"resnet18_epochs": 2},
-    "grids": [{}, {"resnet18_learning_rate": [0.001, 0.01], "teacher_views": [1]}],
+    "title": "A title", "what": "teacher", "teachers": "resnet18", "folds": [0, 2], "seeds": [0],
+    "fixed": {"teacher_epochs": 2}, "grids": [{}, {"teacher_learning_rate": [0.001, 0.01], "teacher_views": [1]}],
 }  # fmt: skip
 TAUGHT = {"what": "kd", "teachers": ["resnet18"], "folds": None, "fixed": None, "grids": [{}, {"alpha": [0.5]}]}
 
@@ -51,35 +49,31 @@ def write(tmp_path):
     return to_file
 
 
+TWO = ["resnet18", {"name": "mobilenetv3_small_100", "label": "Mobile"}]
+
+
 @pytest.fixture
-def profile(tiny_profile, tmp_path):
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    for arch in ("resnet18", "resnet50"):
-        save_file(seeded(0, getattr(ensure_torchvision().models, arch)).state_dict(), folder / f"{arch}.safetensors")
-    return tiny_profile(weights=str(folder), max_shift=0, resnet18_trainable="last_layer")
+def profile(tiny_profile, weights_folder):
+    return tiny_profile(weights=weights_folder, max_shift=0, teachers=TWO)
 
 
 # --- what is tried ---
 
 
 def test_a_grid_is_all_combinations_on_top_of_what_is_fixed(write):
-    sweep, fixed = read_sweep(write()), {"resnet18_epochs": 2}
+    sweep, fixed = read_sweep(write()), {"teachers": "resnet18", "teacher_epochs": 2}
     assert sweep.trials == {"baseline": fixed} | {
-        f"resnet18_learning_rate = {rate}, teacher_views = 1": {
-            **fixed,
-            "resnet18_learning_rate": rate,
-            "teacher_views": 1,
-        }
+        f"teacher_learning_rate = {rate}, teacher_views = 1": fixed
+        | {"teacher_learning_rate": rate, "teacher_views": 1}
         for rate in (0.001, 0.01)
     }
-    assert sweep.name == "try" and sweep.baseline == "resnet18_epochs = 2"
+    assert sweep.name == "try" and sweep.baseline == "teachers = resnet18, teacher_epochs = 2"
 
 
 def test_teachers_and_their_rule_can_be_tried_like_settings(write):
-    grids = [{}, {"teachers": ["resnet18+resnet50"], "rule": ["mean_prob", "mean_logit"]}]
+    grids = [{}, {"teachers": ["resnet18+Mobile"], "rule": ["mean_prob", "mean_logit"]}]
     sweep = read_sweep(write(**{**TAUGHT, "grids": grids}))
-    both = {"teachers": "resnet18+resnet50"}
+    both = {"teachers": "resnet18+Mobile"}
     assert list(sweep.trials.values()) == [
         {"teachers": "resnet18"}, both | {"rule": "mean_prob"}, both | {"rule": "mean_logit"},
     ]  # fmt: skip
@@ -92,14 +86,15 @@ def test_teachers_and_their_rule_can_be_tried_like_settings(write):
     ({"grids": [5]}, ["setting: values"]), ({"fixed": ["epochs"]}, ["setting: values"]),
     ({"grids": [{"alpha": 0.5}]}, ["baseline"]), ({"grids": [{}, {"alpha": []}]}, ["no value"]),
     ({"grids": [{}, {"profile": "demo"}]}, ["profile"]), ({"seeds": ["x"]}, ["seeds", "whole numbers"]),
-    ({"what": "vgg"}, ["vgg", "resnet50", "resnet18"]), ({"extra": 1}, ["extra"]),
-    ({"grids": [{}, {"resnet18_learning": [1]}]}, ["resnet18_learning", "did you mean 'resnet18_learning_rate'"]),
-    (TAUGHT | {"teachers": None}, ["teachers: ''", "resnet18"]), (TAUGHT | {"teachers": ["vgg"]}, ["teachers: 'vgg'"]),
+    ({"what": "vgg"}, ["vgg", "teacher", "scratch"]), ({"extra": 1}, ["extra"]),
+    ({"grids": [{}, {"teacher_learning": [1]}]}, ["teacher_learning", "did you mean 'teacher_learning_rate'"]),
+    (TAUGHT | {"teachers": None}, ["teachers: None", "label"]), ({"teachers": None}, ["teachers: None"]),
+    ({"teachers": "resnet18+Mobile"}, ["teachers: 'resnet18+Mobile'"]),
     (TAUGHT | {"teachers": ["resnet18", "resnet18"]}, ["teachers: 'resnet18+resnet18'"]),
     (TAUGHT | {"rule": "mean"}, ["rule: 'mean'"]), (TAUGHT | {"what": "scratch"}, ["teachers", "no teachers"]),
-    (TAUGHT | {"grids": [{}, {"teachers": ["resnet50", "resnet"]}]}, ["teachers: 'resnet'"]),
+    (TAUGHT | {"grids": [{}, {"teachers": ["resnet50", "resnet18+"]}]}, ["teachers: 'resnet18+'"]),
     (TAUGHT | {"folds": [0, 1]}, ["folds", "fine-tuned on images", "[0]"]),
-    (TAUGHT | {"what": "resnet18"}, ["needs 'folds'"]),
+    (TAUGHT | {"what": "teacher"}, ["needs 'folds'"]),
     (TAUGHT | {"grids": [{}, {"rul": ["mean_prob"]}]}, ["no setting 'rul'"]),
 ])  # fmt: skip
 def test_an_unfit_sweep_is_named(write, changes, fragments):
@@ -112,15 +107,15 @@ def test_a_sweep_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_grid_needs_no_file():
-    sweep = grid_sweep("kd", ["temperature=1, 4", "alpha=0.5", "seeds=3,5"], [0])
+    sweep = grid_sweep("kd", ["temperature=1, 4", "alpha=0.5", "seeds=3,5"], [0], "R18")
     assert (sweep.what, sweep.folds, sweep.seeds) == ("kd", [0], [3, 5]) and is_map(sweep)
     assert sweep.trials == {
-        f"temperature = {t}, alpha = 0.5": {"teachers": "resnet18", "temperature": t, "alpha": "0.5"} for t in "14"
+        f"temperature = {t}, alpha = 0.5": {"teachers": "R18", "temperature": t, "alpha": "0.5"} for t in "14"
     }
-    alone = grid_sweep("scratch", ["epochs=1"], [0])
+    alone = grid_sweep("scratch", ["epochs=1"], [0], "R18")
     assert alone.trials == {"epochs = 1": {"epochs": "1"}} and not is_map(alone)
-    taught_by = grid_sweep("kd", ["teachers=resnet50,resnet18+resnet50"], [7]).trials
-    assert set(taught_by) == {"teachers = resnet50", "teachers = resnet18+resnet50"}
+    taught_by = grid_sweep("kd", ["teachers=resnet50,resnet18+Mobile"], [7], "R18").trials
+    assert set(taught_by) == {"teachers = resnet50", "teachers = resnet18+Mobile"}
 
 
 @pytest.mark.parametrize("arguments, fragments", [
@@ -128,6 +123,7 @@ def test_a_grid_needs_no_file():
     (["--grid", "alpha"], ["--grid: 'alpha'"]), (["--grid", "alpha="], ["--grid: 'alpha='"]),
     (["--grid", "alpha=1", "--grid", "alpha=0"], ["--grid: 'alpha=0'", "once"]), (["--grid", "alfa=1"], ["'alpha'"]),
     (["--grid", "alpha=2"], ["alpha: '2'", "from 0 to 1"]), (["--grid", "alpha=1,,0"], ["alpha: ''"]),
+    (["--grid", "teachers=vgg"], ["'vgg'", "resnet50, resnet18"]),
     (["--grid", "seeds=a"], ["--grid seeds"]), (["--grid", "alpha=1", "--what", "vgg"], ["vgg", "scratch"]),
     (["--grid", "alpha=1", "--workers", "0"], ["--workers: '0'", "1 or more"]),
     (["--grid", "alpha=1", "--workers", "2", "--scheduler", "x"], ["--workers"]),
@@ -142,8 +138,11 @@ def test_an_unfit_command_is_named_before_anything_is_trained(error_of, tiny_pro
 
 def test_unfit_settings_stop_a_sweep_before_its_first_trial(write, profile, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "try_fine_tuning", lambda *_: pytest.fail("something was trained"))
-    sweep = read_sweep(write(grids=[{}, {"resnet18_learning_rate": [-1]}]))
-    assert message_of(run_sweep, sweep, profile, {}, tmp_path / "x.csv").startswith("resnet18_learning_rate: ")
+    for name in ("teacher_learning_rate", "batch_size"):
+        sweep = read_sweep(write(grids=[{}, {name: [-1]}]))
+        assert message_of(run_sweep, sweep, profile, {}, tmp_path / "x.csv").startswith(f"{name}: ")
+    sweep = read_sweep(write(teachers="vgg"))
+    assert "use one of resnet18, Mobile" in message_of(run_sweep, sweep, profile, {}, tmp_path / "x.csv")
 
 
 # --- what it finds ---
@@ -166,36 +165,37 @@ def test_a_sweep_is_every_trial_on_every_fold_and_nothing_twice(write, profile, 
 
 
 def test_students_from_scratch_rotate_their_folds(write, tiny_profile, tmp_path):
-    sweep = read_sweep(write(what="scratch", folds=[0, 2], fixed={"epochs": 1}, grids=[{}, {"learning_rate": [0.01]}]))
+    sweep = read_sweep(
+        write(what="scratch", teachers=None, folds=[0, 2], fixed={"epochs": 1}, grids=[{}, {"learning_rate": [0.01]}])
+    )
     rows = run_sweep(sweep, tiny_profile(), {}, tmp_path / "x.csv")
     assert len(rows) == 4 and set(rows.what) == {"scratch"} and set(rows.weights) == {""} and set(rows.epochs) == {1}
     assert len(set(rows.val_nll)) == 4
 
 
-def test_distilled_students_are_those_of_the_notebooks(tiny_profile, tmp_path, monkeypatch):
+def test_distilled_students_are_those_of_the_notebooks(profile, tmp_path, monkeypatch):
     monkeypatch.setattr(students, "predict", lambda *_, **__: pytest.fail("a student was given other images"))
-    profile = tiny_profile(max_shift=0)
-    grid = ["teachers=resnet18,resnet18+resnet50", "temperature=2.0,4.0", "alpha=0.9"]
-    rows = run_sweep(grid_sweep("kd", grid, [0]), profile, {}, tmp_path / "x.csv")
+    grid = ["teachers=resnet18,resnet18+Mobile", "temperature=2.0,4.0", "alpha=0.9"]
+    rows = run_sweep(grid_sweep("kd", grid, [0], "resnet18"), profile, {}, tmp_path / "x.csv")
     assert list(rows.columns) == COLUMNS and len(rows) == 4 and set(rows.fold) == {0} and set(rows.epochs) == {2}
-    assert list(rows.what.unique()) == ["kd resnet18", "kd_mean_prob resnet50 resnet18"]
-    assert set(rows.weights) == {"none", "none+none"} and set(rows.views) == {2}
+    assert list(rows.what.unique()) == ["kd resnet18", "kd_mean_prob resnet18 Mobile"]
+    assert [weights.count("+") for weights in rows.weights] == [0, 0, 1, 1] and set(rows.views) == {2}
 
     monkeypatch.undo()
     monkeypatch.setattr(students, "fit", lambda *_, **__: pytest.fail("a student was trained again"))
     settings = load_settings(profile, seeds=[0])
     dataset = load_data(settings)
-    both = tuple(fine_tune(arch, dataset, settings) for arch in ("resnet50", "resnet18"))
+    both = tuple(fine_tune(teacher, dataset, settings) for teacher in settings.teachers)
     distil = partial(distillation_loss, temperature=4.0, alpha=0.9, label_smoothing=settings.kd_label_smoothing)
-    train_students(Method("kd", distil, both[1:]), dataset, settings)
+    train_students(Method("kd", distil, both[:1]), dataset, settings)
     combine = partial(combine_teachers, rule="mean_prob", temperature=4.0)
     (found,) = train_students(Method("kd_mean_prob", distil, both, combine), dataset, settings)
-    row = rows[rows.trial == "teachers = resnet18+resnet50, temperature = 4.0, alpha = 0.9"]
+    row = rows[rows.trial == "teachers = resnet18+Mobile, temperature = 4.0, alpha = 0.9"]
     assert row.val_nll.item() == pytest.approx(found.history["val_loss"][-1], abs=1e-6)
 
 
-def test_processes_find_what_is_shared_and_do_nothing_twice(tiny_profile, tmp_path, capsys):
-    command = ["sweep", "--profile", tiny_profile(max_shift=0), "--grid", "alpha=0.9,0.90", "--grid", "temperature=2,4"]
+def test_processes_find_what_is_shared_and_do_nothing_twice(profile, tmp_path, capsys):
+    command = ["sweep", "--profile", profile, "--grid", "alpha=0.9,0.90", "--grid", "temperature=2,4"]
     assert main([*command, "--workers", "2"]) == 0
     path = tmp_path / "runs" / "tiny" / "sweeps" / "kd-alpha-temperature.csv"
     text, rows = path.read_text(), read_rows(path)
@@ -219,8 +219,8 @@ def test_a_trial_that_fails_is_named_and_the_others_are_kept(tiny_profile, tmp_p
 
 
 @pytest.mark.parametrize("what, grid", [
-    ("resnet18", ["resnet18_learning_rate=0.001,0.01"]), ("scratch", ["learning_rate=0.01,0.001"]),
-    ("kd", ["alpha=0.5,1.0"]), ("kd", ["teachers=resnet18+resnet50"]),
+    ("teacher", ["teacher_learning_rate=0.001,0.01"]), ("scratch", ["learning_rate=0.01,0.001"]),
+    ("kd", ["alpha=0.5,1.0"]), ("kd", ["teachers=resnet18+Mobile"]),
 ])  # fmt: skip
 def test_other_test_labels_change_nothing_of_what_is_chosen(profile, tmp_path, monkeypatch, what, grid):
     """Every trial, trained anew, does the same: no setting is chosen, and nothing trained, by a look at them."""
@@ -236,7 +236,11 @@ def test_other_test_labels_change_nothing_of_what_is_chosen(profile, tmp_path, m
         monkeypatch.setattr(running, "load_data", load)
         running._images.cache_clear()
         given = {"runs_dir": str(tmp_path / f"runs{turn}")}
-        tables.append(sweep_table(run_sweep(grid_sweep(what, grid, [0]), profile, given, tmp_path / "x.csv")).to_dict())
+        tables.append(
+            sweep_table(
+                run_sweep(grid_sweep(what, grid, [0], "resnet18"), profile, given, tmp_path / "x.csv")
+            ).to_dict()
+        )
     running._images.cache_clear()
     assert tables[0] == tables[1]
 
@@ -274,10 +278,11 @@ def test_the_settings_of_a_trial_become_columns():
 
 
 def test_the_committed_sweeps_are_complete():
-    files = sorted((ROOT / "report" / "sweeps").glob("*/*.yaml"))
-    assert files
-    for path in files:
-        sweep, rows = read_sweep(path), read_rows(path.with_suffix(".csv"))
+    sweeps = {path: read_sweep(path) for path in sorted((ROOT / "report" / "sweeps").glob("*/*.yaml"))}
+    done = [path for path in sweeps if path.with_suffix(".csv").exists()]
+    assert done
+    for path in done:
+        sweep, rows = sweeps[path], read_rows(path.with_suffix(".csv"))
         expected = len(sweep.trials) * len(sweep.folds) * len(sweep.seeds)
         assert set(rows.trial) == set(sweep.trials) and len(rows) == expected, path
         assert rows.data.nunique() == 1 and sweep.caption.endswith(f"Baseline: {sweep.baseline}.")
@@ -292,7 +297,8 @@ def test_committed_sweeps_are_shown_for_their_own_images_and_weights_alone(tiny,
         ("of-other-images", "kd", teacher.checksum, "x+y"), ("not-run", "kd", None, data), ("alone", "scratch", "", data),
     ):  # fmt: skip
         sweep = GOOD | {"what": what, "folds": [0], "fixed": {}, "grids": [{}]}
-        sweep |= {"teachers": "resnet18"} if what == "kd" else {}
+        if what == "scratch":
+            del sweep["teachers"]
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(sweep))
         if weights is not None:
             row = {column: 0 for column in COLUMNS} | {"data": seen, "weights": weights}
@@ -328,12 +334,14 @@ def test_folds_hold_out_every_image_once(toy_data):
 # --- what is checked before anything is trained ---
 
 
-def test_weights_are_checked_unless_the_teacher_is_made(tiny, profile, toy_data, tmp_path, monkeypatch):
-    settings = tiny(weights=str(tmp_path / "weights"), max_shift=0, resnet18_trainable="last_layer")
-    check_weights("resnet18", toy_data, settings)
-    teachers.soft_labels(fine_tune("resnet18", toy_data, settings), toy_data.train.images, 2)
-    (tmp_path / "weights" / "resnet50.safetensors").write_bytes(b"damaged")
+def test_weights_are_checked_unless_the_teacher_is_made(tiny, weights_folder, toy_data, tmp_path, monkeypatch):
+    record = {"name": "resnet18", "weights": str(shutil.copytree(weights_folder, tmp_path / "weights"))}
+    settings = tiny(max_shift=0, teachers=[record, record | {"label": "R34", "name": "resnet34"}])
+    one, other = settings.teachers
+    check_weights(one, toy_data, settings)
+    teachers.soft_labels(fine_tune(one, toy_data, settings), toy_data.train.images, 2)
+    (tmp_path / "weights" / "resnet34.safetensors").write_bytes(b"damaged")
     with monkeypatch.context() as patched:
-        patched.setattr(teachers, "load_backbone", lambda *_: pytest.fail("loaded"))
-        check_weights("resnet18", toy_data, settings)
-    assert "cannot be read" in message_of(check_weights, "resnet50", toy_data, settings)
+        patched.setattr(teachers, "load_pretrained", lambda *_: pytest.fail("loaded"))
+        check_weights(one, toy_data, settings)
+    assert "cannot be read" in message_of(check_weights, other, toy_data, settings)

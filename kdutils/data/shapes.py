@@ -4,7 +4,8 @@ Every image holds one figure of random colour, place, size, rotation and aspect 
 line strokes and blobs behind and in front of it and pixel noise over all. A figure is an implicit function
 f(x, y) that is <= 0 inside; it is sampled on a grid finer than the pixels and averaged (anti-aliasing).
 
-No class is another one turned or mirrored. The constants below set how hard the images are: with these, a CNN of two convolutions trained on 2,000 images gets about 70 % right.
+No class is another one turned or mirrored. The constants below set how hard the images are: with these, a CNN of two
+convolutions trained on 2,000 images gets about 70 % right.
 
 Lengths below are fractions of the image's width and colours lie in [0, 1], unless said otherwise.
 """

@@ -28,17 +28,19 @@ from kdutils.data import shapes
 from kdutils.data.images import Dataset, Split
 from kdutils.data.views import view_table
 from kdutils.lab.performance import conditions, machine, summary
-from kdutils.models import SmallCNN, normalise, seeded
+from kdutils.models import SmallCNN, normalise
 from kdutils.progress import progress_lines
-from kdutils.settings import Settings, apply_threads, project_path, shown_path
+from kdutils.settings import Settings, TeacherSettings, apply_threads, project_path, shown_path
 from kdutils.students import Method, fit_arguments, named_method, train_students
 from kdutils.teachers import FineTuning
 from kdutils.training import autocast, channels_last, draw, fit, make_optimizer, predict
+from kdutils.weights import seeded
 
 ensure_torchvision()  # or the tutorial could not import it beside a CPU-only torch
 from kdutils.lab import tutorial  # noqa: E402
 
 ARCHITECTURES = ("resnet50", "resnet18")
+TRAINED = {"resnet50": "last_layer", "resnet18": "last_block"}
 LABELS = {"resnet50": "ResNet-50", "resnet18": "ResNet-18"}
 WORDS = {"last_layer": "last layer", "last_block": "last block and last layer"}
 METHODS = 6  # of the four notebooks: from scratch, from each teacher, and from both by three rules
@@ -117,7 +119,7 @@ class _Bench(NamedTuple):
 class _RandomTeacher(NamedTuple):
     """A teacher of one run, with random soft labels float16 [N, V, C]: one for every (index, view) of its images."""
 
-    arch: str
+    label: str
     soft_labels: Tensor
     table: Tensor
 
@@ -232,8 +234,7 @@ def _fine_tuning_sides(bench: _Bench, arch: str) -> dict[str, Side]:
         trained, arguments = prepared(steps)
         return partial(_quietly, fit, trained, **arguments)
 
-    trainable = settings.of_teacher(arch, "trainable")
-    plain = tutorial.freeze_for_fine_tuning(bench.plain_resnet(arch), trainable)
+    plain = tutorial.freeze_for_fine_tuning(bench.plain_resnet(arch), TRAINED[arch])
     return _training_sides(bench, ours, plain, bench.plain_loss("teacher"), *prepared(1))
 
 
@@ -246,6 +247,7 @@ def _forward_sides(bench: _Bench, arch: str) -> dict[str, Side]:
     x = normalise(bench.dataset(size).train.images)
     resident = tutorial.enlarge(x, settings.teacher_size, settings.teacher_resize)
     resident = resident.contiguous(memory_format=torch.channels_last)
+    alone = nn.Sequential(*list(work.frozen.children())[2:])  # without normalising and resizing
 
     @torch.no_grad()
     def plainly() -> Tensor:
@@ -254,7 +256,7 @@ def _forward_sides(bench: _Bench, arch: str) -> dict[str, Side]:
     @torch.inference_mode()
     def bare() -> Tensor:
         with autocast(settings.device, settings.precision):
-            return trained(work.frozen(resident))
+            return trained(alone(resident))
 
     def ours() -> Tensor:
         return predict(trained, _features(work, size), settings.precision, batch_size=250)
@@ -377,14 +379,23 @@ def prepare(settings: Settings, plan: Plan, folder: Path) -> _Bench:
         save_file(state, folder / "weights" / f"{arch}.safetensors")
     settings = dataclasses.replace(
         settings,
+        teachers=_resnets(settings, str(folder / "weights")),
         train_size=size,
-        weights=str(folder / "weights"),
         runs_dir=str(folder / "runs"),
         profile="bench",
-        resnet50_standardize=False,  # torchvision's networks have no such layer
-        resnet18_standardize=False,
     )
     return _Bench(settings, plan, Split(images, labels).to(settings.device), states)
+
+
+def _resnets(settings: Settings, weights: str) -> list[TeacherSettings]:
+    """The two ResNets with the recipes of the settings' teachers, and what the tutorial's networks have alone."""
+    names = ("size", "resize", "batch_size", "label_smoothing")
+    common: dict[str, Any] = {name: getattr(settings, f"teacher_{name}") for name in names}
+    common |= {"weights": weights, "standardize": False, "last_layer_factor": 1.0, "folds": 1}
+    return [
+        dataclasses.replace(teacher, name=arch, label=arch, trainable=TRAINED[arch], **common)
+        for arch, teacher in zip(ARCHITECTURES, settings.teachers, strict=True)
+    ]
 
 
 def _measure(bench: _Bench) -> list[dict[str, Any]]:
@@ -396,7 +407,7 @@ def _measure(bench: _Bench) -> list[dict[str, Any]]:
         "student_kd": (f"Student, distillation from both teachers, {epoch}", partial(_student_sides, bench, "kd")),
     }
     for arch, label in LABELS.items():
-        trained = WORDS[settings.of_teacher(arch, "trainable")]
+        trained = WORDS[TRAINED[arch]]
         forward = f"{label}, forward pass of {settings.train_size:,} images at {settings.teacher_size} px"
         jobs[f"{arch}_fit"] = f"{label}, {trained}, {epoch}", partial(_fine_tuning_sides, bench, arch)
         jobs[f"{arch}_forward"] = forward, partial(_forward_sides, bench, arch)
@@ -429,5 +440,5 @@ def notebooks_seconds(settings: Settings, medians: Mapping[str, Mapping[str, flo
         for arch in ARCHITECTURES:
             shared = medians[f"{arch}_forward"]["frozen"] if side == "ours" else 0.0  # by all seeds
             one_pass = shared + seeds * max(0.0, takes[f"{arch}_forward"] - shared)
-            total[side] += seeds * settings.of_teacher(arch, "epochs") * takes[f"{arch}_fit"] + passes * one_pass
+            total[side] += seeds * settings.teacher(arch).epochs * takes[f"{arch}_fit"] + passes * one_pass
     return total

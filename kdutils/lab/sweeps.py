@@ -32,10 +32,11 @@ class Trial(NamedTuple):
     rule: str
 
 
-def grid_sweep(what: str, grid: Sequence[str], seeds: list[int]) -> Sweep:
+def grid_sweep(what: str, grid: Sequence[str], seeds: list[int], teacher: str) -> Sweep:
     """The sweep of one grid, given as `NAME=VALUE,VALUE,...` for each setting; its first combination is the baseline.
 
-    Besides settings, a grid names `seeds`, `teachers` (labels; of all kinds but `scratch`), and `rule`.
+    Besides settings, a grid can name `seeds`, `teachers` (labels; of all kinds but `scratch`; default: `teacher`), and
+    `rule`.
     Raises `UserError` naming what does not fit.
     """
     values: dict[str, Any] = {}
@@ -46,7 +47,8 @@ def grid_sweep(what: str, grid: Sequence[str], seeds: list[int]) -> Sweep:
         values[name] = [value.strip() for value in listed.split(",")]
     if "seeds" in values:
         seeds = checked("seeds", f"[{','.join(values.pop('seeds'))}]", "--grid seeds")
-    trials = combinations(values, {}, "--grid")
+    fixed = {"teachers": teacher} if what != "scratch" and "teachers" not in values else {}
+    trials = combinations(values, fixed, "--grid")
     name = "-".join([what, *values])
     return check_sweep(Sweep(name, name, what, [0], seeds, trials, next(iter(trials))), "--grid")
 
