@@ -184,7 +184,8 @@ def test_rows_are_kept_when_only_the_machine_changes(tiny):
 
 @pytest.mark.parametrize("overrides", [
     {}, {"epochs": 3, "seeds": [0]}, {"temperature": 2.5, "data_name": "it's mine; really"},
-    {"weights": "generated", "generated_images": 500}, {"learning_rate": 1e-5, "alpha": 0},
+    {"weights": "none", "teacher_epochs": 3}, {"teachers": ["resnet18", {"name": "resnet50", "label": "R50"}]},
+    {"learning_rate": 1e-5, "alpha": 0},
 ])  # fmt: skip
 def test_the_command_of_a_run_runs_it_again(overrides):
     settings = load_settings("demo", **overrides)

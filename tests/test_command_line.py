@@ -65,8 +65,6 @@ def test_every_command_checks_its_profile_and_parameters(error_of, command):
 @pytest.mark.parametrize("arguments", [
     [], ["train"], ["run", "--epochs", "3"], ["run", "-p", "epochs"], ["run", "demo"], ["predict"],
     ["export", "--format", "pickle"],
-    ["pretrain", "x", "--epochs", "1"], ["pretrain", "x", "--arch", "resnet18"],
-    ["pretrain", "x", "--epochs", "1", "--arch", "vgg16"],
 ])  # fmt: skip
 def test_an_unknown_command_or_option_is_a_matter_of_usage(capsys, arguments):
     with pytest.raises(SystemExit) as caught:

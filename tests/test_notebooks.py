@@ -109,6 +109,12 @@ def test_no_functions_are_defined_and_no_other_cell_assigns_a_parameter(path):
 
 
 @each
+def test_the_settings_name_the_teachers_and_no_code_does(path):
+    for cell in code(path):
+        assert not re.search("resnet|efficientnet|lite[02]", cell.source, re.IGNORECASE), cell.id
+
+
+@each
 def test_every_import_is_used_and_names_from_kdutils_exist(path):
     trees = [ast.parse(cell.source) for cell in code(path)]
     nodes = [node for tree in trees for node in ast.walk(tree)]

@@ -143,7 +143,9 @@ def test_every_method_trains(study, short, name):
     assert run.arm == entry.method.name and run.logits["test"].isfinite().all()
     assert entry.task in ("1", "3", "4") and entry.settings.seeds == study.settings.seeds
     rows = entry.rows([run], study.dataset, [study.teacher])
-    assert {(row["task"], row["labels"], row["epochs"]) for row in rows} == {(entry.task, 40, len(run.history["val_loss"]))}
+    assert {(row["task"], row["labels"], row["epochs"]) for row in rows} == {
+        (entry.task, 40, len(run.history["val_loss"]))
+    }
 
 
 def test_other_teachers_are_fine_tuned_only_where_they_are_asked_for(study):

@@ -35,7 +35,7 @@ from kdutils.results.tables import (
     times_table,
     warnings,
 )
-from kdutils.settings import ROOT, Settings, UserError, apply_threads, counted, load_settings, shown_path
+from kdutils.settings import ROOT, Settings, UserError, apply_threads, load_settings, shown_path
 from kdutils.teachers import check_space, check_weights
 from kdutils.weights import weights_source
 

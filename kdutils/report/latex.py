@@ -21,9 +21,9 @@ from kdutils.cache import write_atomically, write_text
 from kdutils.report.show import beyond_ascii, tex
 from kdutils.results.tables import (
     LONG,
-    WORDS,
     NO_STUDENTS,
     TASK_ARMS,
+    WORDS,
     arm_words,
     as_words,
     at_epochs,

@@ -291,7 +291,7 @@ def _normal(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_the_tasks(results: pd.DataFrame, epochs: int | None) -> pd.DataFrame:
-    """The rows of results.csv about the classifiers of the four tasks at the report's epochs, without the study's: those
+    """The rows of results.csv about the classifiers of the four tasks at the report's epochs, not the study's: those
     of its arms, and of other teachers than the two that taught one student together."""
     rows = at_epochs(results, "", epochs)
     rows = rows[rows.task.isin(("1", "2", "3", "4")) & rows.arm.isin(TASK_ARMS)]
