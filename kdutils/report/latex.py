@@ -209,9 +209,9 @@ def _flat(tree: Any, path: str = "") -> dict[str, str]:
 
 def _setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
     words = {}
-    for name in ("epochs", "unlabelled_epochs"):
+    for name, noun in (("epochs", "epoch"), ("unlabelled_epochs", "epoch"), ("unlabelled_views", "view")):
         if name in settings:
-            words[f"words/{name}"] = counted(settings[name], "epoch")
+            words[f"words/{name}"] = counted(settings[name], noun)
     for name in ("seeds", "teacher_seeds"):
         if name in settings:
             words[f"words/{name}"] = counted(len(settings[name]), "seed")
