@@ -10,8 +10,8 @@ from kdutils.teachers import fine_tune
 
 # one seed, one view, fewer images: a smaller run of the demo's path
 SMALLER = {
-    "seeds": [0], "teacher_seeds": [0], "teacher_views": 1, "unlabelled_views": 1, "unlabelled_size": 2500,
-    "val_size": 300, "test_size": 1000,
+    "seeds": [0], "teacher_seeds": [0], "teacher_views": 1, "unlabelled_views": 1, "unlabelled_size": 1500,
+    "val_size": 300, "test_size": 800,
 }  # fmt: skip
 
 
