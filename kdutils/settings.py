@@ -270,6 +270,7 @@ def load_settings(profile: str, **overrides: Any) -> Settings:
     for name in ("teachers", "backbones"):
         values[name] = [_complete(name, entry, values) for entry in values.get(name, ())]
     settings = Settings(**values)
+    _check_effect(settings, [name for name, value in overrides.items() if value is not None])
     _check_together(settings)
     device = pick_device(settings.device)
     return dataclasses.replace(settings, device=device, precision=pick_precision(settings.precision, device))
@@ -413,6 +414,16 @@ def _short(value: Any) -> str:
         return _REPR.repr(value)
     except ValueError:
         return "a number of thousands of digits"
+
+
+def _check_effect(settings: Settings, given: Iterable[str]) -> None:
+    """Raise `UserError` for a setting `teacher_*` that was given, but that the record of every teacher overrules."""
+    for name in given:
+        key = name.removeprefix("teacher_")
+        teachers = (*settings.teachers, *settings.backbones)
+        if name == f"teacher_{key}" and key in _KINDS_OF_A_TEACHER:
+            if all(getattr(teacher, key) != getattr(settings, name) for teacher in teachers):
+                raise UserError(f"{name}: every teacher's record says its own {key}; change it in 'teachers'")
 
 
 def _check_together(settings: Settings) -> None:

@@ -332,3 +332,11 @@ def test_any_file_is_a_profile_or_named_in_one_line(tmp_path_factory, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode(errors="replace"))
     message = message_of(load_settings, str(path))
     assert message.startswith("profile") and "any.yaml" in message
+
+
+def test_a_setting_of_teachers_that_every_record_overrules_is_told(tiny):
+    records = [{"name": "resnet18", "epochs": 3}, {"name": "resnet50", "epochs": 4}]
+    message = message_of(tiny, teachers=records, teacher_epochs=5)
+    assert message == "teacher_epochs: every teacher's record says its own epochs; change it in 'teachers'"
+    assert [teacher.epochs for teacher in tiny(teachers=[records[0], "resnet50"], teacher_epochs=5).teachers] == [3, 5]
+    assert tiny(teachers=records, teacher_epochs=4).teacher_epochs == 4

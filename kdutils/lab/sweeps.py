@@ -92,11 +92,11 @@ def run_sweep(
 
 def _trial(what: str, values: Mapping[str, Any], profile: str, parameters: Mapping[str, Any]) -> Trial:
     changes = {name: value for name, value in values.items() if name not in METHOD}
-    settings = load_settings(profile, **{**parameters, **changes})
+    own = {name: value for name, value in changes.items() if name.startswith("teacher_") and name != "teacher_seeds"}
+    settings = load_settings(profile, **{**parameters, **{name: changes[name] for name in changes.keys() - own}})
     labels = str(values["teachers"]).split("+") if "teachers" in values else []
-    of_teachers = {name: getattr(settings, name) for name in changes if name.startswith("teacher_")}
-    own = {name.removeprefix("teacher_"): value for name, value in of_teachers.items() if name != "teacher_seeds"}
     # what a trial says of a teacher stands above the teacher's record
+    own = {name.removeprefix("teacher_"): checked(name, value) for name, value in own.items()}
     teachers = [dataclasses.replace(settings.teacher(label), **own) for label in labels]
     return Trial(what, settings, teachers, values.get("rule", "mean_prob"))
 
