@@ -55,9 +55,6 @@ ARMS = {
     "dkd": "student distilled, DKD",
     "dist": "student distilled, DIST",
     "kd_standardized": "student distilled, logits standardised",
-    "scratch_earlier_recipe": "student from scratch, earlier recipe",  # these three: committed rows alone
-    "earlier_recipe_longer": "student from scratch, earlier recipe twice",
-    "kd_warm_start": "student distilled after the earlier recipe",
     "last_layer": "last layer fine-tuned",
     "last_block": "last block and last layer fine-tuned",
     "all": "whole network trained",
