@@ -1,6 +1,7 @@
 """The student, and pretrained CNNs, each cut into a frozen part and a trained part."""
 
 import copy
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,9 +24,13 @@ def normalise(pixels: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float]
 
     mean, std: of each channel, from 0 to 1.
     """
-    # non_blocking: a blocking copy would make the GPU wait in every step
-    shift, scale = ((torch.tensor(x) * 255).to(pixels.device, non_blocking=True).view(1, 3, 1, 1) for x in (mean, std))
-    return (pixels.float() - shift) / scale
+    return (pixels.float() - _channels(tuple(mean), pixels.device)) / _channels(tuple(std), pixels.device)
+
+
+@functools.lru_cache(maxsize=32)  # a copy in every step would make a GPU wait, and cannot be part of a CUDA graph
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
 
 
 class SmallCNN(nn.Module):

@@ -24,8 +24,7 @@ ALL_ARMS = CORE_ARMS | {
     ("3", "kd_unlabelled", "B", 98): 0.76, ("4", "kd_mean_prob_unlabelled", BOTH, 98): 0.77,
     ("1", "no_label_smoothing", "", 30): 0.69, ("3", "kd_class_mean", "B", 30): 0.71,
     ("3", "dkd", "B", 30): 0.75, ("3", "dist", "B", 30): 0.75, ("3", "kd_standardized", "B", 30): 0.75,
-    ("3", "kd_tuned", "A", 30): 0.73, ("3", "kd_tuned", "B", 30): 0.74, ("1", "scratch", "", 100): 0.72,
-    ("3", "kd", "B", 100): 0.76, ("3", "kd", "A", 100): 0.75,
+    ("1", "scratch", "", 100): 0.72, ("3", "kd", "B", 100): 0.76, ("3", "kd", "A", 100): 0.75,
 }  # fmt: skip
 
 

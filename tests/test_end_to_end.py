@@ -154,7 +154,6 @@ def test_the_study_shows_its_arms(settings, parameters, monkeypatch):
     expected = {
         "no_label_smoothing": "1",
         "kd_class_mean": "3",
-        "kd_tuned": "3",
         "dkd": "3",
         "dist": "3",
         "kd_standardized": "3",

@@ -12,8 +12,6 @@ from torchvision import models as zoo
 from kdutils.lab import study as study_module
 from kdutils.lab.study import (
     GROUPS,
-    OTHER_LOSSES,
-    TUNED,
     Study,
     check_groups,
     entries_of,
@@ -21,8 +19,7 @@ from kdutils.lab.study import (
     run_study,
     train_entry,
 )
-from kdutils.results.sweeps import is_map, read_rows, read_sweep, settings_of_trials
-from kdutils.settings import ROOT, load_settings
+from kdutils.settings import load_settings
 from kdutils.weights import seeded
 
 NAMES = [name for entries in GROUPS.values() for name in entries] + ["kd other"]
@@ -90,50 +87,11 @@ def test_the_teacher_is_the_better_one_on_validation_images(study):
         assert other.teacher is other.teachers[better] and other.other_teacher is other.teachers[1 - better]
 
 
-def is_best(path, chosen):
-    """Whether a sweep of twelve pairs of temperature and weight, with three seeds each, found none better."""
-    sweep, rows = read_sweep(path.with_suffix(".yaml")), settings_of_trials(read_rows(path))
-    assert sweep.seeds == [0, 1, 2] and len(rows.dropna().groupby(["temperature", "alpha"])) == 12
-    means = rows.groupby(["temperature", "alpha"]).val_accuracy.mean()
-    return means[chosen["temperature"], chosen["alpha"]] == pytest.approx(means.max())
-
-
-@pytest.mark.parametrize("name", OTHER_LOSSES)
-def test_the_other_losses_are_set_as_their_committed_sweeps_found_best(name):
-    (path,) = (ROOT / "report" / "sweeps").glob(f"*/{name.replace('_', '-')}.csv")
-    assert read_sweep(path.with_suffix(".yaml")).what == name and is_best(path, OTHER_LOSSES[name])
-
-
-def test_the_loss_of_hinton_is_tuned_as_committed_sweeps_found_best(tiny):
-    """Teachers without one keep the values of the profile that has them."""
-    swept = {}
-    for path in (ROOT / "report" / "sweeps" / "cifar10-lite").glob("*.csv"):
-        sweep = read_sweep(path.with_suffix(".yaml"))
-        if sweep.what == "kd" and is_map(sweep):
-            swept[next(iter(sweep.trials.values()))["teachers"]] = path
-    settings = load_settings("cifar10-lite")
-    usual = {name: getattr(settings, name) for name in ("temperature", "alpha")}
-    assert TUNED.keys() == {teacher.label for teacher in settings.teachers} and swept.keys() <= TUNED.keys()
-    for label, chosen in TUNED.items():
-        assert is_best(swept[label], chosen) if label in swept else chosen == usual
-
-
-def test_the_constants_of_the_losses_are_told(tiny, monkeypatch):
-    monkeypatch.setitem(TUNED, "resnet50", {"temperature": 2.0, "alpha": 0.25})
+def test_the_constants_of_the_losses_are_told(tiny):
     found = loss_constants(tiny())
-    assert found["kd_tuned/resnet50"] == TUNED["resnet50"]
-    assert found["kd_tuned/resnet18"] == {"temperature": TINY["temperature"], "alpha": TINY["alpha"]}
-    assert found["dkd"] == OTHER_LOSSES["dkd"] | {"dkd_alpha": 1.0, "dkd_beta": 2.0}
-    assert found.keys() == {"kd_tuned/resnet50", "kd_tuned/resnet18", *OTHER_LOSSES}
-
-
-def test_a_loss_is_tuned_for_its_teacher(study, monkeypatch):
-    monkeypatch.setitem(TUNED, study.other_teacher.label, {"temperature": 2.0, "alpha": 0.25})
-    for name, expected in (("kd_tuned", (4.0, 0.9)), ("kd_tuned_other", (2.0, 0.25))):
-        entry = entries_of(study.settings)[name](study)
-        bound = entry.method.loss.keywords
-        assert (bound["temperature"], bound["alpha"]) == expected
-        assert entry.words.endswith("T = {:g}, alpha = {:g}".format(*expected))
+    usual = {"temperature": TINY["temperature"], "alpha": TINY["alpha"]}
+    assert found.keys() == GROUPS["losses"].keys() and all(usual.items() <= one.items() for one in found.values())
+    assert found["dkd"] == usual | {"dkd_alpha": 1.0, "dkd_beta": 2.0}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,18 +20,6 @@ from kdutils.students import LOSSES, Method, StudentRun, named_method, train_stu
 from kdutils.teachers import Teacher, better_teacher, fine_tune, soft_labels
 
 LONG = 100  # epochs of the group `epochs`
-# The loss of Hinton et al., by the teacher's label; with a teacher that is not named here it stays as the settings say.
-# A committed sweep of temperature and alpha with that teacher chooses; until there is one, the profile's values stand.
-TUNED: dict[str, dict[str, Any]] = {
-    "Lite2": {"temperature": 4.0, "alpha": 0.9},
-    "Lite0": {"temperature": 4.0, "alpha": 0.9},
-}
-# the best of twelve trials each on validation images (report/sweeps/cifar10-standin)
-OTHER_LOSSES: dict[str, dict[str, Any]] = {
-    "dkd": {"temperature": 2.0, "alpha": 0.25},
-    "dist": {"temperature": 4.0, "alpha": 0.75},
-    "kd_standardized": {"temperature": 2.0, "alpha": 0.5},
-}
 
 
 class Entry(NamedTuple):
@@ -104,17 +92,8 @@ def _class_mean(study: Study) -> Entry:
     return Entry("3", "Soft labels averaged over each class", method, study.settings)
 
 
-def _tuned(study: Study, which: str = "teacher") -> Entry:
-    """With the temperature and weight of `TUNED`."""
-    teacher: Teacher = getattr(study, which)
-    settings = dataclasses.replace(study.settings, **TUNED.get(teacher.label, {}))
-    words = f"Distilled from {teacher_words(teacher.label)}, T = {settings.temperature:g}, alpha = {settings.alpha:g}"
-    return Entry("3", words, Method("kd_tuned", LOSSES["kd"](settings), (teacher,)), study.settings)
-
-
 def _other_loss(study: Study, name: str, words: str) -> Entry:
-    settings = dataclasses.replace(study.settings, **OTHER_LOSSES[name])
-    return Entry("3", words, named_method(name, settings, [study.teacher]), study.settings)
+    return Entry("3", words, named_method(name, study.settings, [study.teacher]), study.settings)
 
 
 def _scratch_long(study: Study) -> Entry:
@@ -140,8 +119,6 @@ def _backbone(study: Study, label: str) -> Entry:
 GROUPS: dict[str, dict[str, Callable[[Study], Entry]]] = {
     "controls": {"no_label_smoothing": _no_label_smoothing, "kd_class_mean": _class_mean},
     "losses": {
-        "kd_tuned": _tuned,
-        "kd_tuned_other": partial(_tuned, which="other_teacher"),
         "dkd": partial(_other_loss, name="dkd", words="DKD"),
         "dist": partial(_other_loss, name="dist", words="DIST"),
         "kd_standardized": partial(_other_loss, name="kd_standardized", words="Standardised logits"),
@@ -173,14 +150,11 @@ def entries_of(settings: Settings) -> dict[str, Callable[[Study], Entry]]:
 
 def loss_constants(settings: Settings) -> dict[str, dict[str, float]]:
     """Temperature, weight and own constants of each loss in the group `losses`: facts for the provenance."""
-    labels = [teacher.label for teacher in settings.teachers]
-    chosen = {f"kd_tuned/{label}": ("kd", TUNED.get(label, {})) for label in labels}
-    chosen |= {name: (name, values) for name, values in OTHER_LOSSES.items()}
-    found = {}
-    for name, (loss, values) in chosen.items():
-        bound = cast(partial, LOSSES[loss](dataclasses.replace(settings, **values))).keywords
-        found[name] = {constant: value for constant, value in bound.items() if constant != "label_smoothing"}
-    return found
+    bound = {name: cast(partial, LOSSES[name](settings)).keywords for name in GROUPS["losses"]}
+    return {
+        name: {constant: value for constant, value in values.items() if constant != "label_smoothing"}
+        for name, values in bound.items()
+    }
 
 
 @lru_cache(maxsize=1)

@@ -65,10 +65,9 @@ CLAIMS = {
         Claim("class-mean", "kd/*", "kd_class_mean/*", "distillation from {a}", "its soft labels averaged by class"),
     ),
     "losses": (
-        Claim("tuned", "kd_tuned/*", "kd/*", "tuning temperature and weight for {a}", "the common ones"),
-        Claim("dkd", "dkd/*", "kd_tuned/*", "DKD from {a}", "tuned distillation"),
-        Claim("dist", "dist/*", "kd_tuned/*", "DIST from {a}", "tuned distillation"),
-        Claim("standardized", "kd_standardized/*", "kd_tuned/*", "standardising {a}'s logits", "tuned distillation"),
+        Claim("dkd", "dkd/*", "kd/*", "DKD from {a}", "the loss of Hinton et al."),
+        Claim("dist", "dist/*", "kd/*", "DIST from {a}", "the loss of Hinton et al."),
+        Claim("standardized", "kd_standardized/*", "kd/*", "standardising {a}'s logits", "the loss of Hinton et al."),
     ),
     "epochs": (
         Claim("longer-kd", "kd/*@long", "scratch@long", "distillation from {a} for {long}", "as many from scratch"),

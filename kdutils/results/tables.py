@@ -51,7 +51,6 @@ ARMS = {
     "kd_mean_prob_unlabelled": "student distilled, mean of probabilities, unlabelled images too",
     "no_label_smoothing": "student from scratch, no label smoothing",
     "kd_class_mean": "student distilled, soft labels averaged over each class",
-    "kd_tuned": "student distilled, temperature and weight tuned for its teacher",
     "dkd": "student distilled, DKD",
     "dist": "student distilled, DIST",
     "kd_standardized": "student distilled, logits standardised",
