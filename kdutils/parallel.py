@@ -1,19 +1,23 @@
-"""Independent jobs: in this process, in several processes of this machine, or on a Dask cluster.
+"""Independent jobs: in threads or processes of this machine, or on a Dask cluster.
 
-A job is a function without arguments that can be pickled: `functools.partial` of a module's function and plain
-arguments. It returns something small and keeps the rest as cached results, so that a job that is repeated resumes.
+`side_by_side` runs any functions in threads. `run_jobs` wants jobs that can be pickled: `functools.partial` of a
+module's function and plain arguments. They return something small and keep the rest as cached results, so that a job
+that is repeated resumes.
 """
 
+import concurrent.futures
 import contextlib
+import contextvars
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +27,54 @@ from kdutils.settings import UserError
 Jobs = Mapping[str, Callable[[], Any]]
 Outcome = tuple[Any, str | None]  # a result, or the reason why there is none
 Outcomes = Generator[tuple[str, Outcome], None, None]  # by the names of the jobs, in the order in which they end
+Result = TypeVar("Result")
+
+_stop = threading.Event()
+
+
+class Stopped(Exception):
+    """A job beside this one failed, or somebody interrupted the program."""
+
+
+def check_stopped() -> None:
+    """Raise `Stopped` where a job that runs side by side with others has to end; a training asks at every step."""
+    if _stop.is_set():
+        raise Stopped
+
+
+def side_by_side(jobs: Sequence[Callable[[], Result]], device: str) -> list[Result]:
+    """The results of the jobs, in their order. On a CPU as many run at once as torch has threads, which they share;
+    else one after the other.
+
+    Threads are enough: torch lets others run while it computes. A small network gains more from a second training than
+    from a second thread. Numbers are those of the same jobs in order, with as many threads each. The first failure
+    stops the others at their next step, and is raised.
+    """
+    threads = torch.get_num_threads()
+    workers = min(len(jobs), threads) if device == "cpu" else 1
+    if workers < 2:
+        return [job() for job in jobs]
+
+    def run(job: Callable[[], Result]) -> Result:
+        check_stopped()
+        torch.set_num_threads(threads // workers)  # holds for this thread and, on some platforms, for all
+        return job()
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        # the context tells a notebook which cell prints
+        futures = [pool.submit(contextvars.copy_context().run, run, job) for job in jobs]
+        try:
+            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        finally:
+            _stop.set()
+            pool.shutdown(wait=True)
+            _stop.clear()
+            torch.set_num_threads(threads)
+    failures = [error for future in futures if (error := future.exception()) is not None]
+    for error in failures:
+        if not isinstance(error, Stopped):
+            raise error
+    return [future.result() for future in futures]
 
 
 def run_jobs(jobs: Jobs, workers: int = 1, scheduler: str | None = None, title: str = "jobs") -> dict[str, Any]:

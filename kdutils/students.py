@@ -31,6 +31,7 @@ from kdutils.losses import (
     standardised_distillation_loss,
 )
 from kdutils.models import SmallCNN, normalise
+from kdutils.parallel import side_by_side
 from kdutils.progress import TrainingProgress
 from kdutils.settings import Settings, UserError
 from kdutils.teachers import Teacher, soft_labels
@@ -148,11 +149,13 @@ def train_students(
 ) -> list[StudentRun]:
     """Train the student once per seed of the settings, or load what was trained under the same conditions.
 
-    One seed fixes the initial weights, the order of the images and their views, in every method alike. `train`: images
-    to train on in place of the data set's, some of which may have no label (-1), such as `dataset.with_unlabelled`. An
-    epoch sees as many of them as the data set has for training: in as many epochs, all methods take as many steps.
+    On a CPU, seeds are trained side by side. One seed fixes the initial weights, the order of the images and their
+    views, in every method alike. `train`: images to train on in place of the data set's, some of which may have no
+    label (-1), such as `dataset.with_unlabelled`. An epoch sees as many of them as the data set has for training: in as
+    many epochs, all methods take as many steps.
     """
-    return [_student_run(method, dataset, settings, seed, train) for seed in settings.seeds]
+    jobs = [functools.partial(_student_run, method, dataset, settings, seed, train) for seed in settings.seeds]
+    return side_by_side(jobs, settings.device)
 
 
 def fit_student(method: Method, dataset: Dataset, settings: Settings, seed: int, train: Split | None = None) -> Cached:

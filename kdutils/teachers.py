@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import shutil
 import statistics
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from kdutils.data.images import Dataset
 from kdutils.data.views import make_views, view_pixels, view_table
 from kdutils.losses import cross_entropy
 from kdutils.models import cut, fold_batch_norms
+from kdutils.parallel import side_by_side
 from kdutils.progress import TrainingProgress, progress_lines
 from kdutils.settings import Settings, TeacherSettings, UserError, shown_path
 from kdutils.training import Recipe, autocast, channels_last, fit, predict
@@ -112,7 +114,9 @@ def fine_tune(teacher: TeacherSettings | str, dataset: Dataset, settings: Settin
     """
     work = FineTuning(teacher, dataset, settings)
     check_space(dataset, settings, [work.teacher])
-    trained = {seed: [work.trained(seed, fold) for fold in work.folds] for seed in settings.teacher_seeds}
+    pairs = list(itertools.product(settings.teacher_seeds, work.folds))
+    made = dict(zip(pairs, side_by_side([partial(work.trained, *pair) for pair in pairs], settings.device)))
+    trained = {seed: [made[seed, fold] for fold in work.folds] for seed in settings.teacher_seeds}
     logits = {part: work.logits(getattr(dataset, part).images).float() for part in ("train", "val", "test")}
     runs = [
         TeacherRun(
@@ -246,6 +250,7 @@ class FineTuning:
         self._feature_seconds: dict[Path, float] = {}  # by file
         self._blocks: dict[int, tuple[Tensor, list[tuple[Tensor, str]]]] = {}
         self._logits: dict[tuple[int, int], Tensor] = {}
+        self._lock = threading.RLock()
 
     # The network
 
@@ -444,11 +449,12 @@ class FineTuning:
 
     def fit(self, seed: int, fold: int, checkpoint: Checkpoint | None = None) -> tuple[dict[str, Tensor], dict]:
         """Fit the trained part of a seed and fold: its tensors and its history."""
-        trained, name = self.cut(seed)[1], f"{self.label}, {self.trainable}, seed {seed}"
+        name = f"{self.label}, {self.trainable}, seed {seed}"
         name += f", fold {fold + 1} of {len(self.folds)}" if len(self.folds) > 1 else ""
         with lower_if_out_of_memory(name, "teacher_batch_size or feature_memory_gb"):
-            progress = TrainingProgress(name)
-            history = fit(trained, **self.fit_arguments(seed, fold), progress=progress, checkpoint=checkpoint)
+            with self._lock:  # what all seeds share is made once
+                trained, arguments = self.cut(seed)[1], self.fit_arguments(seed, fold)
+            history = fit(trained, **arguments, progress=TrainingProgress(name), checkpoint=checkpoint)
         return trained.state_dict(), {"history": history, "feature_seconds": sum(self._feature_seconds.values())}
 
     def fit_arguments(self, seed: int, fold: int = 0) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdutils.cache import Checkpoint, History
+from kdutils.parallel import check_stopped
 from kdutils.progress import TrainingProgress
 from kdutils.settings import UserError
 
@@ -122,6 +123,7 @@ def fit(
             batches = list(zip(order.split(batch_size), views.split(batch_size)))[state.step : steps]
             model.train()
             for index, view in batches:
+                check_stopped()
                 take_step(index, view)
                 schedule.step()
                 state.step += 1

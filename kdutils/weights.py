@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import importlib.util
 import re
+import threading
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -49,9 +50,12 @@ class Source(NamedTuple):
     checksum: str
 
 
+_one_state = threading.RLock()  # of random numbers, for all threads
+
+
 def seeded(seed: int, build, *args):
     """`build(*args)`, its random initial weights drawn from `seed`; the global random state does not change."""
-    with torch.random.fork_rng(devices=[]):
+    with _one_state, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(*args)
 
