@@ -187,7 +187,8 @@ def settings_of_trials(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with a column for every numeric setting in the names of the trials (nan where a name has none)."""
     given = rows.trial.str.extractall(r"(?:^|, )(?P<name>\w+) = (?P<value>[-+.\de]+)(?=, |$)").reset_index(level=0)
     given = given.set_axis(["row", "name", "value"], axis=1).astype({"value": float})
-    return rows.join(given.pivot(index="row", columns="name", values="value"))
+    values = given.pivot(index="row", columns="name", values="value")
+    return rows.join(values.drop(columns=rows.columns, errors="ignore"))  # rows have the epochs of every trial
 
 
 def is_map(sweep: Sweep) -> bool:
