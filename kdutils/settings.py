@@ -215,8 +215,13 @@ class Settings:
 
     @property
     def for_unlabelled(self) -> "Settings":
-        """These settings with the epochs and the views of the methods with unlabelled images, and of their controls."""
+        """These settings with the epochs and the views of the methods with unlabelled images."""
         return _ForUnlabelled(**vars(self) | {"epochs": self.unlabelled_epochs})
+
+    @property
+    def for_equal_steps(self) -> "Settings":
+        """These settings with as many steps as `for_unlabelled`: for controls, which see all views."""
+        return dataclasses.replace(self, epochs=self.unlabelled_epochs)
 
     def identity(self) -> dict[str, Any]:
         """The settings that results depend on: all but `MACHINE`."""

@@ -10,7 +10,7 @@ from kdutils.teachers import fine_tune
 
 # one seed, one view, fewer images: a smaller run of the demo's path
 SMALLER = {
-    "seeds": [0], "teacher_seeds": [0], "teacher_views": 1, "unlabelled_views": 1, "unlabelled_size": 1500,
+    "seeds": [0], "teacher_seeds": [0], "teacher_views": 1, "unlabelled_views": 1, "unlabelled_size": 2500,
     "val_size": 300, "test_size": 800,
 }  # fmt: skip
 
@@ -23,7 +23,7 @@ def found(tmp_path_factory):
     from_both = named_method("kd", longer, teachers)
     students = {
         "scratch": train_students(named_method("scratch", settings), dataset, settings),
-        "equal steps": train_students(named_method("scratch", longer), dataset, longer),
+        "equal steps": train_students(named_method("scratch", settings), dataset, settings.for_equal_steps),
         "unlabelled": train_students(from_both, dataset, longer, train=dataset.with_unlabelled),
     }
     runs = {teacher.label: teacher.runs for teacher in teachers} | students

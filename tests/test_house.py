@@ -10,7 +10,7 @@ from kdutils.settings import ROOT
 ORDER = """
 settings compat progress cache
 data.shapes data.views data.images
-weights models losses training parallel teachers students
+weights models losses parallel training teachers students
 results.metrics results.record results.tables results.sweeps results.figures
 report.show report.latex report.claims report.readme report.batch
 lab.tutorial lab.predict lab.export lab.sweeps lab.study lab.performance lab.bench
