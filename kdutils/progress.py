@@ -22,6 +22,8 @@ _LINE = re.compile(r"(?P<stage>.+?): (epoch (?P<epoch>\d+)/\d+, (?P<whole>loss )
 class Batch:
     """Turns the progress lines of a batch run's notebooks into a terminal's text: `text` does one line.
 
+    Trainings that run side by side, the seeds of a method, share a line: that of the one which told something last.
+
     width: the terminal's columns; a line that would be wider goes without the time left. That time counts every student
     of the notebooks to come, and is too long where some are trained already.
     """
@@ -35,8 +37,9 @@ class Batch:
         for name in self.due.keys() & STUDENTS.keys():
             usual, more = STUDENTS[name]
             self.due[name] = len(settings.seeds) * (usual * settings.epochs + more * unlabelled)
-        self.seconds: list[float] = []  # of the students' last epochs
-        self.last = ("", 0, 0.0)  # the stage, epoch and time of the last one
+        self.seconds: list[float] = []  # that the students' last epochs took, less what ran beside them
+        self.told = 0  # how many epochs of students
+        self.last: dict[str, tuple[int, float, int]] = {}  # by training: its last epoch, its time, and `told` then
 
     def begin(self, notebook: str) -> None:
         """A notebook begins: all before it are done."""
@@ -52,8 +55,9 @@ class Batch:
             return f"{before}{line}\n"
         if found["whole"]:
             self._learn(found["stage"], int(found["epoch"]), time.monotonic() if now is None else now)
-        before = "\n" if self.stage not in ("", found["stage"]) else "\r\x1b[K"
-        self.stage = found["stage"]
+        stage = re.sub(r", seed \d+$", "", found["stage"])
+        before = "\n" if self.stage not in ("", stage) else "\r\x1b[K"
+        self.stage = stage
         whole = f"  {self.left()}{line}"
         return before + (whole if len(whole) < self.width else f"  {line}"[: self.width - 1])
 
@@ -77,11 +81,13 @@ class Batch:
             return
         current = next(iter(self.due))
         due = self.due[current]
-        before = 0 if self.last[0] == stage else epoch - 1  # of a training that was cut
+        before = 0 if stage in self.last else epoch - 1  # of a training that was cut
         self.due[current] = None if due is None else due - 1 - before
-        if self.last[:2] == (stage, epoch - 1):
-            self.seconds = [*self.seconds[-20:], now - self.last[2]]
-        self.last = stage, epoch, now
+        self.told += 1
+        last, since, told = self.last.get(stage, (0, 0.0, 0))
+        if stage in self.last and last == epoch - 1:
+            self.seconds = [*self.seconds[-20:], (now - since) / (self.told - told)]
+        self.last[stage] = epoch, now, self.told
 
 
 class TrainingProgress:

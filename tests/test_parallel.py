@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -12,13 +14,83 @@ import torch
 from conftest import message_of
 from things_to_do import about_the_process, die, divide, fail_at_first, lines, make_after_go, refuse, square, wait_for
 
-from kdutils.parallel import run_jobs
+from kdutils import parallel
+from kdutils.parallel import Stopped, check_stopped, run_jobs, side_by_side
 
 NOBODY = "tcp://127.0.0.1:9"
 
 
 def jobs_that_fail_once(folder, **how):
     return {name: partial(fail_at_first, folder, name, failure) for name, failure in how.items()}
+
+
+# In threads
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def meet(barrier, number):
+    """The number, once another job has come this far, too."""
+    barrier.wait(timeout=10)
+    return number, torch.get_num_threads()
+
+
+def test_jobs_run_side_by_side_share_the_threads_and_come_in_order(two_threads):
+    barrier = threading.Barrier(2)
+    assert side_by_side([partial(meet, barrier, number) for number in range(4)], "cpu") == [(n, 1) for n in range(4)]
+    assert torch.get_num_threads() == 2
+    assert side_by_side([torch.get_num_threads], "cpu") == [2]  # alone, it has them all
+    assert side_by_side([], "cpu") == []
+
+
+def test_on_a_gpu_they_run_one_after_the_other_in_this_thread(two_threads):
+    here = threading.get_ident()
+    assert side_by_side([threading.get_ident] * 3, "cuda") == [here] * 3
+
+
+def train_until_stopped(started, steps):
+    started.set()
+    while True:
+        check_stopped()
+        steps.append(1)
+        time.sleep(0.001)
+
+
+def fail_after(started):
+    started.wait(timeout=10)
+    refuse()
+
+
+def test_the_first_failure_stops_the_others_and_is_the_one_that_is_raised(two_threads):
+    started, steps, never = threading.Event(), [], []
+    jobs = [partial(train_until_stopped, started, steps), partial(fail_after, started), partial(never.append, 1)]
+    assert message_of(side_by_side, jobs, "cpu") == "learning_rate: too high"
+    assert not never and torch.get_num_threads() == 2
+    check_stopped()  # what comes after is not stopped
+
+
+def test_an_interrupted_program_waits_for_no_training(two_threads, monkeypatch):
+    started, steps = threading.Event(), []
+
+    def interrupt(*arguments, **named):
+        started.wait(timeout=10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parallel.concurrent.futures, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side([partial(train_until_stopped, started, steps)] * 2, "cpu")
+    with pytest.raises(Stopped), monkeypatch.context() as patched:
+        patched.setattr(parallel._stop, "is_set", lambda: True)
+        check_stopped()
+
+
+# In processes
 
 
 def test_results_come_by_name_in_the_order_of_the_jobs():

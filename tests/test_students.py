@@ -67,6 +67,20 @@ def test_a_student_is_trained_once_and_another_seed_leaves_it_as_it_is(tiny, toy
     assert kept.items() < students_files(tiny()).items() and same_run(first, third)
 
 
+def test_seeds_side_by_side_are_those_trained_one_after_the_other(tiny, toy_data, tmp_path):
+    """To the last digit, with as many threads each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    in_order = train_students(SCRATCH, toy_data, tiny(seeds=[0, 1, 2]))
+    try:
+        torch.set_num_threads(3)
+        at_once = train_students(SCRATCH, toy_data, tiny(seeds=[0, 1, 2], runs_dir=str(tmp_path / "other")))
+    finally:
+        torch.set_num_threads(threads)
+    assert [run.seed for run in at_once] == [0, 1, 2] and all(map(same_run, in_order, at_once))
+    assert all(torch.equal(one.logits["test"], other.logits["test"]) for one, other in zip(in_order, at_once))
+
+
 def test_a_students_logits_are_its_networks_and_other_test_images_train_nothing(tiny, toy_data):
     settings = tiny(seeds=[3])
     mirrored = toy_data.test._replace(images=toy_data.test.images.flip(-1))
