@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kdutils.cache import (
     Cached,
     Checkpoint,
     History,
+    cache_path,
     cached,
     describe,
     lower_if_out_of_memory,
@@ -21,7 +23,7 @@ from kdutils.cache import (
     tensor_checksum,
 )
 from kdutils.data.images import Dataset, Split
-from kdutils.data.views import make_views, view_pixels
+from kdutils.data.views import make_views, view_pixels, view_table
 from kdutils.losses import (
     combine_teachers,
     cross_entropy,
@@ -154,6 +156,11 @@ def train_students(
     label (-1), such as `dataset.with_unlabelled`. An epoch sees as many of them as the data set has for training: in as
     many epochs, all methods take as many steps.
     """
+    places = [_place(method, dataset, settings, seed, train) for seed in settings.seeds]
+    if not all(cache_path(*place).exists() for place in places):
+        images = dataset.train.images if train is None else train.images
+        for teacher in method.teachers:  # once for all seeds, with all threads
+            soft_labels(teacher, images, len(view_table(**settings.views)))
     jobs = [functools.partial(_student_run, method, dataset, settings, seed, train) for seed in settings.seeds]
     return side_by_side(jobs, settings.device)
 
@@ -163,6 +170,22 @@ def fit_student(method: Method, dataset: Dataset, settings: Settings, seed: int,
 
     The test images are not touched.
     """
+    called = f"{method.words}, seed {seed}"
+
+    def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
+        model = seeded(seed, SmallCNN, len(dataset.classes))
+        with lower_if_out_of_memory(called, "batch_size"):
+            arguments = fit_arguments(method, dataset, settings, seed, train)
+            history = fit(model, **arguments, progress=TrainingProgress(called), checkpoint=checkpoint)
+        return model.state_dict(), {"history": history}
+
+    return resumable(*_place(method, dataset, settings, seed, train), make)
+
+
+def _place(
+    method: Method, dataset: Dataset, settings: Settings, seed: int, train: Split | None
+) -> tuple[Path, str, dict[str, Any]]:
+    """Folder, name and key of a trained student."""
     trained_on = dataset.part_checksums["train"] if train is None else tensor_checksum(train._asdict())[:16]
     usual = len(dataset.train.labels)
     sampled = {} if train is None or len(train.labels) <= usual else {"epoch_size": usual}
@@ -179,16 +202,7 @@ def fit_student(method: Method, dataset: Dataset, settings: Settings, seed: int,
         "precision": settings.precision,
         **sampled,
     }
-    called = f"{method.words}, seed {seed}"
-
-    def make(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict]:
-        model = seeded(seed, SmallCNN, len(dataset.classes))
-        with lower_if_out_of_memory(called, "batch_size"):
-            arguments = fit_arguments(method, dataset, settings, seed, train)
-            history = fit(model, **arguments, progress=TrainingProgress(called), checkpoint=checkpoint)
-        return model.state_dict(), {"history": history}
-
-    return resumable(settings.run_folder / "students", _file_name(method, seed), key, make)
+    return settings.run_folder / "students", _file_name(method, seed), key
 
 
 def fit_arguments(
