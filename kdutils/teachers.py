@@ -379,13 +379,11 @@ class FineTuning:
         """
         if self.trainable == "all":
             return self._pixels(images, view).float()
-        found = []
-        for block, checksum in self._in_blocks(images):
-            place = self._feature_place(checksum, view)
-            made = cached(*place, partial(self._make_features, block, view))
-            self._feature_seconds[cache_path(*place)] = made.seconds
-            found.append(made.tensors["features"])
-        return torch.cat(found).to(self.settings.device)
+        places = [(block, self._feature_place(checksum, view)) for block, checksum in self._in_blocks(images)]
+        jobs = [partial(cached, *place, partial(self._make_features, block, view)) for block, place in places]
+        found = side_by_side(jobs, self.settings.device)
+        self._feature_seconds |= {cache_path(*place): made.seconds for (_, place), made in zip(places, found)}
+        return torch.cat([made.tensors["features"] for made in found]).to(self.settings.device)
 
     def prepare(self) -> None:
         """Compute the features that the fitting needs."""
@@ -410,7 +408,8 @@ class FineTuning:
         return count * self._shapes[2].numel() * 2  # float16
 
     def _make_features(self, block: Tensor, view: int) -> tuple[dict[str, Tensor], dict]:
-        frozen, found = self.frozen, []
+        with self._lock:
+            frozen, found = self.frozen, []
         with lower_if_out_of_memory(f"{self.name}: features", "teacher_size"):
             for pixels in self._pixels(block, view).split(CPU_BATCH if self.settings.device == "cpu" else BATCH):
                 with torch.inference_mode(), autocast(self.settings.device, self.settings.precision):
@@ -515,10 +514,12 @@ class FineTuning:
         """`Teacher.logits`: float16 [S, N, C] for images uint8 [N, 3, 32, 32] in one view; made once, kept."""
         blocks = self._in_blocks(images)
         if (id(images), view) not in self._logits:
-            found = [
-                cached(*self._logits_place(checksum, view), partial(self._make_logits, block, checksum, view))
-                for block, checksum in blocks
+            places = [self._logits_place(checksum, view) for _, checksum in blocks]
+            jobs = [
+                partial(cached, *place, partial(self._make_logits, block, checksum, view))
+                for place, (block, checksum) in zip(places, blocks)
             ]
+            found = side_by_side(jobs, self.settings.device)
             logits = torch.cat([one.tensors["logits"] for one in found], dim=1).to(self.settings.device)
             self._logits[id(images), view] = self._one_per_seed(logits, images)
         return self._logits[id(images), view]
@@ -555,7 +556,8 @@ class FineTuning:
         return self.folder / f"{self.name}-logits", f"view{view:03d}", key
 
     def _make_logits(self, block: Tensor, checksum: str, view: int) -> tuple[dict[str, Tensor], dict]:
-        networks, found = self.networks, []
+        with self._lock:
+            networks, found = self.networks, []
         with lower_if_out_of_memory(f"{self.name}: logits", "teacher_size"):
             if self.trainable == "all":
                 x = self._pixels(block, view).float()

@@ -114,13 +114,13 @@ def test_the_closing_table_adds_up_the_seeds_of_a_stage(tmp_path):
     assert table.values.tolist() == [
         ["resnet18: features of every view", 1, "1:01 min"],
         ["student, scratch", 2, "2:05 min"],
-        ["total", 3, "3:06 min"],
+        ["sum", 3, "3:06 min"],
     ]
     assert text_table(table).splitlines() == [
         "Stage                             Times      Took",
         "resnet18: features of every view      1  1:01 min",
         "student, scratch                      2  2:05 min",
-        "total                                 3  3:06 min",
+        "sum                                   3  3:06 min",
     ]
 
 

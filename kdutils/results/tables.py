@@ -417,11 +417,12 @@ def _best_from_scratch(results: pd.DataFrame) -> tuple[str, float] | None:
 
 
 def times_table(folder: Path) -> pd.DataFrame:
-    """The times of a run: one row per stage, all its seeds together, and the total."""
+    """The times of a run: one row per stage, all its seeds together, and their sum, which is more than the run's time
+    where seeds were trained side by side."""
     times = pd.read_csv(folder / "timings.csv")
     by_stage = times.groupby(times.stage.str.replace(r", seed \d+$", "", regex=True), sort=False).seconds
     lines = [{"Stage": stage, "Times": len(seconds), "Took": minutes(seconds.sum())} for stage, seconds in by_stage]
-    return pd.DataFrame([*lines, {"Stage": "total", "Times": len(times), "Took": minutes(times.seconds.sum())}])
+    return pd.DataFrame([*lines, {"Stage": "sum", "Times": len(times), "Took": minutes(times.seconds.sum())}])
 
 
 def arms_table(rows: pd.DataFrame) -> pd.DataFrame:
