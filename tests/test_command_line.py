@@ -112,7 +112,7 @@ def test_results_prints_the_tables_of_a_run(capsys, tiny_profile, toy_data):
     lines = [line.split() for line in out.splitlines()]
     assert ["1", "Student", "from", "scratch", "–", "37.50", "±", "17.68", "2", "0.375", "37.5"] in lines
     assert any(line[:2] == ["kd", "–"] and line[-1] == "+12.50" for line in lines)
-    assert ["student,", "scratch", "2", "2:00", "min"] in lines and ["total", "3", "2:03", "min"] in lines
+    assert ["student,", "scratch", "2", "2:00", "min"] in lines and ["sum", "3", "2:03", "min"] in lines
 
 
 def test_the_committed_results_need_no_run(capsys, tiny_profile, tmp_path):

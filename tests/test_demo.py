@@ -10,7 +10,7 @@ from kdutils.teachers import fine_tune
 
 # one seed, one view, fewer images: a smaller run of the demo's path
 SMALLER = {
-    "seeds": [0], "teacher_seeds": [0], "teacher_views": 1, "unlabelled_views": 1, "unlabelled_size": 2500,
+    "seeds": [0], "teacher_seeds": [0], "teacher_views": 1, "unlabelled_views": 1, "unlabelled_size": 2000,
     "val_size": 300, "test_size": 800,
 }  # fmt: skip
 
