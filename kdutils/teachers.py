@@ -115,6 +115,8 @@ def fine_tune(teacher: TeacherSettings | str, dataset: Dataset, settings: Settin
     work = FineTuning(teacher, dataset, settings)
     check_space(dataset, settings, [work.teacher])
     pairs = list(itertools.product(settings.teacher_seeds, work.folds))
+    if not all(cache_path(*work.trained_place(*pair)).exists() for pair in pairs):
+        work.prepare()  # once for all seeds, with all threads
     made = dict(zip(pairs, side_by_side([partial(work.trained, *pair) for pair in pairs], settings.device)))
     trained = {seed: [made[seed, fold] for fold in work.folds] for seed in settings.teacher_seeds}
     logits = {part: work.logits(getattr(dataset, part).images).float() for part in ("train", "val", "test")}
@@ -386,7 +388,9 @@ class FineTuning:
         return torch.cat([made.tensors["features"] for made in found]).to(self.settings.device)
 
     def prepare(self) -> None:
-        """Compute the features that the fitting needs."""
+        """Compute the features that the fitting needs, if there is a frozen part."""
+        if self.trainable == "all":
+            return
         for images, view in progress_lines(self._fitted_on(), f"{self.label}: features of every view"):
             self.features(images, view)
 
@@ -442,9 +446,12 @@ class FineTuning:
 
     def trained(self, seed: int, fold: int = 0) -> Cached:
         """The trained part of a seed and fold, fitted."""
-        key, name = self.key("trained part", seed=seed, fold=fold), f"{self.name}-seed{seed}"
-        name += f"-fold{fold}" if len(self.folds) > 1 else ""
-        return resumable(self.folder, name, key, partial(self.fit, seed, fold))
+        return resumable(*self.trained_place(seed, fold), partial(self.fit, seed, fold))
+
+    def trained_place(self, seed: int, fold: int) -> tuple[Path, str, dict[str, Any]]:
+        """Folder, name and key of a fitted trained part."""
+        name = f"{self.name}-seed{seed}" + (f"-fold{fold}" if len(self.folds) > 1 else "")
+        return self.folder, name, self.key("trained part", seed=seed, fold=fold)
 
     def fit(self, seed: int, fold: int, checkpoint: Checkpoint | None = None) -> tuple[dict[str, Tensor], dict]:
         """Fit the trained part of a seed and fold: its tensors and its history."""
