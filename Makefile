@@ -98,7 +98,7 @@ test: setup
 
 # These compare numbers, whose last bits depend on the processor. It cannot be made newer than it is, but older.
 numerical_tests = $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
-	numbers views losses weights models training teachers students cache predict sweeps metrics)))
+	numbers views losses weights models training teachers students cache predict metrics)))
 test-other-cpu: $(stamp)
 	@if grep -qs avx512f /proc/cpuinfo; then set -- avx2 AVX2 AVX2; else set -- default SSE41 SSE4_2; fi; \
 	echo "The numerical tests again, with the instructions of another processor: $$1"; \
