@@ -14,7 +14,7 @@ from conftest import message_of
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kdutils import cache, progress
+from kdutils import cache, parallel, progress
 from kdutils.cache import Checkpoint
 from kdutils.models import seeded
 from kdutils.progress import TrainingProgress
@@ -206,6 +206,16 @@ def test_a_last_layer_called_fc_is_trained_at_its_own_rate(optimizer, last):
         times = 0.25 if name.startswith("fc.") else 1.0
         torch.testing.assert_close(b - first, times * (a - first), rtol=1e-3, atol=1e-5)
         assert (a - first).abs().min() > 1e-3
+
+
+def test_a_training_that_is_told_to_stop_ends_at_its_next_step():
+    loss = Loss(lambda step: parallel._stop.set() if step == 2 else None)
+    try:
+        with pytest.raises(parallel.Stopped):
+            train(network(), loss=loss)
+    finally:
+        parallel._stop.clear()
+    assert loss.steps == 2
 
 
 # Checkpoints
